@@ -1,0 +1,1 @@
+"""Anchor models: the strong merge whose weights are the prior mean of the regression. One file a method."""

@@ -1,0 +1,20 @@
+"""The plain mean of the experts: `W_0 + Σ τ_t / T`, which is `Σ W_t / T` (model soup, arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bmm.anchors.interface import Treatment
+from bmm.anchors.settings import AverageSettings
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+
+
+class Average(TaskVectorAnchor):
+    """Averages every floating-point tensor."""
+
+    def __init__(self, settings: AverageSettings) -> None:
+        self.settings = settings
+
+    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+        """Return the mean of the task vectors."""
+        return vectors.mean(), "averaged"

@@ -1,0 +1,61 @@
+"""The contract of an anchor method: what it reads (`Weights`) and returns (`Merged`).
+
+No method lives here, and no checkpoint is opened here: whoever calls decides where tensors come from, and
+which parameters are linear maps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Treatment = Literal["anchored", "averaged", "copied"]
+
+
+class Weights(Protocol):
+    """The parameters that a base and all its experts share, read one tensor at a time."""
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the canonical names, in one fixed order."""
+
+    def base(self, name: str) -> Tensor:
+        """Return the base model's tensor, in its stored dtype."""
+
+    def expert(self, index: int, name: str) -> Tensor:
+        """Return one expert's tensor, in its stored dtype and of the base's shape."""
+
+    def is_linear(self, name: str) -> bool:
+        """Say whether the tensor is the `(out, in)` matrix of an attention or MLP linear map."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged tensor and what was done to get it.
+
+    `tensor` has the base's shape and is float32, except where the base's tensor is not floating point: that
+    one keeps its dtype. `treatment` is "anchored" (the method's own rule), "averaged" (the mean of the task
+    vectors) or "copied" (the base's tensor: not floating point, or the same in every expert).
+    """
+
+    tensor: Tensor
+    treatment: Treatment
+
+
+class Anchor(Protocol):
+    """A method that merges tensor by tensor."""
+
+    def prepare(self, weights: Weights) -> None:
+        """Find what spans all tensors, where the method needs that; call it before `merge`."""
+
+    def merge(self, name: str, weights: Weights) -> Merged:
+        """Merge one tensor.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinities, or has another shape than the base's.
+        """

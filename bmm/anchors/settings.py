@@ -1,0 +1,76 @@
+"""What a recipe may say about its anchor, one frozen model a method. No mathematics and no torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AverageSettings(_Settings):
+    """The plain mean of the experts' weights (model soup)."""
+
+    method: Literal["average"] = "average"
+
+
+class TaskArithmeticSettings(_Settings):
+    """`W_0 + scale · Σ τ_t` (Ilharco et al., arXiv 2212.04089)."""
+
+    method: Literal["ta"] = "ta"
+    scale: float = Field(default=0.3, gt=0, le=2)
+
+
+class TIESSettings(_Settings):
+    """Trim, elect sign, merge (Yadav et al., arXiv 2306.01708)."""
+
+    method: Literal["ties"] = "ties"
+    density: float = Field(default=0.2, gt=0, le=1, description="share of entries kept, by magnitude")
+    scope: Literal["global", "tensor"] = Field(
+        default="global", description="keep the largest of the whole task vector, or of each tensor"
+    )
+    combine: Literal["mean", "sum"] = "mean"
+    scale: float | None = Field(
+        default=None, gt=0, le=2, description="defaults to 1 for the mean and 0.3 for the sum"
+    )
+
+
+class TSVSettings(_Settings):
+    """Task singular vectors, TSV-M (Gargiulo et al., arXiv 2412.00081)."""
+
+    method: Literal["tsv"] = "tsv"
+    scale: float = Field(default=1.0, gt=0, le=2)
+
+
+class WUDISettings(_Settings):
+    """WUDI-Merging (Cheng et al., arXiv 2503.08099)."""
+
+    method: Literal["wudi"] = "wudi"
+    solver: Literal["exact", "adam"] = Field(
+        default="exact", description="the objective's exact minimiser, or the published Adam schedule"
+    )
+    steps: int = Field(default=300, ge=1, description="Adam steps; the exact solver has none")
+    learning_rate: float = Field(default=1e-5, gt=0, description="of the Adam schedule")
+
+
+class CheckpointAnchorSettings(_Settings):
+    """Any checkpoint of the same architecture as the anchor."""
+
+    method: Literal["checkpoint"] = "checkpoint"
+    path: str = Field(description="a folder, hub-id@revision, or an MLflow models:/ URI")
+
+
+AnchorSettings = Annotated[
+    AverageSettings
+    | TaskArithmeticSettings
+    | TIESSettings
+    | TSVSettings
+    | WUDISettings
+    | CheckpointAnchorSettings,
+    Field(discriminator="method"),
+]
+
+DATA_FREE_METHODS = ("average", "ta", "ties", "tsv", "wudi")

@@ -1,0 +1,21 @@
+"""Task arithmetic: `W_0 + scale · Σ τ_t` on every tensor (Ilharco et al., arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bmm.anchors.interface import Treatment
+from bmm.anchors.settings import TaskArithmeticSettings
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+
+
+class TaskArithmetic(TaskVectorAnchor):
+    """Adds the scaled sum of the task vectors."""
+
+    def __init__(self, settings: TaskArithmeticSettings) -> None:
+        self.settings = settings
+
+    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+        """Return the scaled sum of the task vectors."""
+        total = vectors.total()
+        return (None if total is None else self.settings.scale * total), "anchored"

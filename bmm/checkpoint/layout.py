@@ -1,0 +1,236 @@
+"""How a base and its experts fit together: names, shapes and dtypes compared before any work.
+
+The result says which parameters are merged, which travel with each expert's head and which of the base's are
+of no use. It is plain JSON, so that later stages and reruns need neither transformers nor torch to know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bmm.checkpoint.architecture import encoder_names, encoder_prefix, missing_parameters
+from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.tensors import TensorInfo
+from bmm.errors import CheckpointError
+
+__all__ = ["Layout", "SharedParameter", "compare", "encoder_prefix", "missing_parameters"]
+
+# Settings which change what the same shapes compute; each architecture names them in its own way.
+_DEFINING = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers"),
+    *(
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "num_key_value_heads",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedParameter:
+    """One parameter (or buffer) that the base and all experts have.
+
+    Attributes:
+        name: canonical name.
+        shape: the shape in all of them.
+        dtype: the base's dtype, in safetensors' words.
+        base_key: name in the base, for `Checkpoint.tensor`.
+        expert_keys: expert -> name in that expert.
+        expert_dtypes: expert -> its dtype, which may differ from the base's among floats.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base_key: str
+    expert_keys: dict[str, str]
+    expert_dtypes: dict[str, str]
+
+    @property
+    def info(self) -> TensorInfo:
+        """The parameter as the base stores it, under its canonical name."""
+        return TensorInfo(self.name, self.shape, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where every tensor of a merge comes from.
+
+    Attributes:
+        prefix: the sequence classifier's name for its encoder.
+        shared: by canonical name, sorted.
+        heads: expert -> {name in the classifier's state dict: stored name} of what travels with the head.
+        dropped: the base's stored names that no merge uses, sorted (its own head, an unused pooler).
+    """
+
+    prefix: str
+    shared: tuple[SharedParameter, ...]
+    heads: dict[str, dict[str, str]]
+    dropped: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout as plain JSON values."""
+        shared = [
+            {
+                "name": parameter.name,
+                "shape": list(parameter.shape),
+                "dtype": parameter.dtype,
+                "base_key": parameter.base_key,
+                "expert_keys": dict(parameter.expert_keys),
+                "expert_dtypes": dict(parameter.expert_dtypes),
+            }
+            for parameter in self.shared
+        ]
+        heads = {expert: dict(keys) for expert, keys in self.heads.items()}
+        return {"prefix": self.prefix, "shared": shared, "heads": heads, "dropped": list(self.dropped)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        """Build the layout that `to_json` described."""
+        shared = tuple(
+            SharedParameter(**{**entry, "shape": tuple(entry["shape"])}) for entry in value["shared"]
+        )
+        heads = {expert: dict(keys) for expert, keys in value["heads"].items()}
+        return cls(value["prefix"], shared, heads, tuple(value["dropped"]))
+
+
+def compare(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Layout:
+    """Compare the base with all experts and say where every tensor goes.
+
+    Raises:
+        CheckpointError: another architecture; a tensor missing, superfluous, of another shape or kind.
+    """
+    try:
+        prefix = encoder_prefix(base.config)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base {base.path}: {error}") from None
+    base_names = encoder_names(base, prefix)
+    expert_names: dict[str, dict[str, str]] = {}
+    for expert, checkpoint in experts.items():
+        _check_config(expert, checkpoint, base)
+        expert_names[expert] = encoder_names(checkpoint, prefix)
+        if base_names.keys().isdisjoint(expert_names[expert]):
+            raise CheckpointError(
+                f"expert '{expert}' ({checkpoint.path}) shares no parameter with the base {base.path}; "
+                "name an expert that was fine-tuned from this base"
+            )
+    shared: list[SharedParameter] = []
+    heads: dict[str, dict[str, str]] = {expert: {} for expert in experts}
+    dropped = set(base.names()) - set(base_names.values())
+    for name in sorted(base_names.keys() | set().union(*expert_names.values())):
+        holders = [expert for expert in experts if name in expert_names[expert]]
+        complete = name in base_names and len(holders) == len(experts)
+        if not complete and not _is_float(name, base, base_names, experts, expert_names):
+            continue
+        if not holders:
+            dropped.add(base_names[name])
+        elif len(holders) < len(experts):
+            raise CheckpointError(_partial(name, name in base_names, holders, list(experts)))
+        elif complete:
+            shared.append(_share(name, base, base_names, experts, expert_names))
+        else:
+            for expert in experts:
+                heads[expert][f"{prefix}.{name}"] = expert_names[expert][name]
+    for expert, checkpoint in experts.items():
+        encoder = set(expert_names[expert].values())
+        heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
+        if missing := missing_parameters(checkpoint):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"expert '{expert}' ({checkpoint.path}) lacks the parameter '{missing[0]}'{more} which its "
+                "architecture needs; save it as AutoModelForSequenceClassification with `save_pretrained`"
+            )
+    return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)))
+
+
+def _check_config(expert: str, checkpoint: Checkpoint, base: Checkpoint) -> None:
+    own, wanted = checkpoint.config.get("model_type"), base.config["model_type"]
+    if own != wanted:
+        raise CheckpointError(
+            f"expert '{expert}' is a {own or 'model without a model_type'}, the base a {wanted}: "
+            "experts must have been fine-tuned from the base"
+        )
+    for key in _DEFINING:
+        if key in checkpoint.config and key in base.config and checkpoint.config[key] != base.config[key]:
+            raise CheckpointError(
+                f"expert '{expert}' has '{key}' {checkpoint.config[key]} in its config.json, the base "
+                f"{base.config[key]}: experts must have been fine-tuned from the base"
+            )
+
+
+def _is_float(
+    name: str,
+    base: Checkpoint,
+    base_names: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    expert_names: Mapping[str, Mapping[str, str]],
+) -> bool:
+    """Return whether anybody stores this tensor as floats; the architecture makes integer buffers itself."""
+    infos = [
+        checkpoint.info(expert_names[e][name]) for e, checkpoint in experts.items() if name in expert_names[e]
+    ]
+    if name in base_names:
+        infos.append(base.info(base_names[name]))
+    return any(info.is_float for info in infos)
+
+
+def _partial(name: str, in_base: bool, holders: list[str], experts: list[str]) -> str:
+    lacking = next(expert for expert in experts if expert not in holders)
+    if in_base:
+        return (
+            f"expert '{lacking}' lacks the tensor '{name}', which the base and expert '{holders[0]}' have; "
+            "save the whole model with `save_pretrained`"
+        )
+    return (
+        f"expert '{holders[0]}' has the encoder tensor '{name}', which the base and expert '{lacking}' lack; "
+        "all experts must have the base's architecture"
+    )
+
+
+def _share(
+    name: str,
+    base: Checkpoint,
+    base_names: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    expert_names: Mapping[str, Mapping[str, str]],
+) -> SharedParameter:
+    """Check that all hold the same kind of tensor under a canonical name, and record where."""
+    wanted = base.info(base_names[name])
+    dtypes: dict[str, str] = {}
+    for expert, checkpoint in experts.items():
+        own = checkpoint.info(expert_names[expert][name])
+        if own.shape != wanted.shape:
+            raise CheckpointError(_other_shape(name, expert, own, checkpoint, wanted, base))
+        if own.dtype != wanted.dtype and not (own.is_float and wanted.is_float):
+            raise CheckpointError(
+                f"expert '{expert}' stores the tensor '{name}' as {own.dtype}, the base as {wanted.dtype}; "
+                "save both with the same kind of numbers"
+            )
+        dtypes[expert] = own.dtype
+    keys = {expert: expert_names[expert][name] for expert in experts}
+    return SharedParameter(name, wanted.shape, wanted.dtype, base_names[name], keys, dtypes)
+
+
+def _other_shape(
+    name: str, expert: str, own: TensorInfo, checkpoint: Checkpoint, wanted: TensorInfo, base: Checkpoint
+) -> str:
+    is_vocabulary = (
+        len(own.shape) == len(wanted.shape) == 2
+        and own.shape[1] == wanted.shape[1]
+        and own.shape[0] == checkpoint.config.get("vocab_size")
+        and wanted.shape[0] == base.config.get("vocab_size")
+    )
+    if is_vocabulary:
+        return (
+            f"expert '{expert}' has a vocabulary of {own.shape[0]} tokens, the base one of {wanted.shape[0]} "
+            f"('{name}': {own.shape} against {wanted.shape}); fine-tune it with the base's own tokenizer"
+        )
+    return (
+        f"expert '{expert}' has the tensor '{name}' in the shape {own.shape}, the base in {wanted.shape}; "
+        "experts must have been fine-tuned from the base"
+    )

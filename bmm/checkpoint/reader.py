@@ -1,0 +1,202 @@
+"""Reading a Hugging Face model folder lazily: names, shapes, dtypes and digests at once, tensors one by one.
+
+Opening touches `config.json` and the headers of the weight files; torch is imported by `Checkpoint.tensor`
+alone, so planning and cache keys cost nothing. Whether checkpoints fit together is `bmm.checkpoint.layout`'s
+question.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+
+from bmm.checkpoint.allowed import check_allowed
+from bmm.checkpoint.shards import INDEX, SINGLE, Weights, find_weights, read_json_object
+from bmm.checkpoint.tensors import TensorInfo
+from bmm.digest import digest_files
+from bmm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Checkpoint", "TensorInfo"]
+
+CONFIG = "config.json"
+_SUPPORT = (
+    CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template*",
+)
+
+
+class Checkpoint:
+    """One model folder, opened for reading; a context manager that lets go of its files at the end.
+
+    Attributes:
+        path: the folder.
+        config: `config.json` as plain values.
+        weight_files: the safetensors files, sorted by name.
+        support_files: config, tokenizer and processor files which are there, sorted by name.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], weights: Weights, support_files: tuple[Path, ...]
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.weight_files = weights.files
+        self.support_files = support_files
+        self._weights = weights
+        self._handles: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a model folder without loading a tensor.
+
+        Raises:
+            CheckpointError: the folder is missing, damaged, pickled, a PEFT adapter, or needs its own code.
+            UserError: the folder or one of its files lies outside of `BMM_ALLOWED_FOLDERS`.
+        """
+        path = Path(path)
+        check_allowed(path, "the model")
+        try:
+            if not path.exists():
+                raise CheckpointError(f"there is no model folder at {path}; correct the path")
+            if not path.is_dir():
+                raise CheckpointError(f"{path} is a file, not a model folder; name the folder that holds it")
+            _refuse_adapter(path)
+            config = _read_config(path)
+            weights = find_weights(path)
+            support = sorted({file for pattern in _SUPPORT for file in path.glob(pattern) if file.is_file()})
+        except OSError as error:
+            raise CheckpointError(f"the model folder {path} cannot be read: {error.strerror}") from None
+        for file in support:
+            check_allowed(file, "the model's files")
+        return cls(path, config, weights, tuple(support))
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all tensors, sorted; legacy LayerNorm names appear under their modern form."""
+        return tuple(sorted(self._weights.tensors))
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of a tensor.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        try:
+            return self._weights.tensors[name].info
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor '{name}'") from None
+
+    def tensor(self, name: str) -> Tensor:
+        """Load one tensor, on the CPU, in its stored shape and dtype.
+
+        The tensor's memory is a private mapping of the file: read when touched, never written back.
+
+        Raises:
+            CheckpointError: there is no tensor of that name, or its file changed since it was opened.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        info = self.info(name)
+        stored = self._weights.tensors[name]
+        try:
+            if stored.file not in self._handles:
+                self._handles[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
+            tensor: Tensor = self._handles[stored.file].get_tensor(stored.key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the tensor '{name}' can no longer be read from {stored.file} ({error}); "
+                "restore the file and run again"
+            ) from None
+        if tuple(tensor.shape) != info.shape:
+            raise CheckpointError(
+                f"{stored.file} was replaced while it was in use: '{name}' had the shape {info.shape}, "
+                f"now {tuple(tensor.shape)}; run again"
+            )
+        return tensor
+
+    def digest(self) -> str:
+        """Return one SHA-256 of the bytes of all weight, config and tokenizer files, by relative name.
+
+        Reads every byte, so call it once and keep it. The model card and other files do not count.
+        """
+        files = [*self.weight_files, *self.support_files]
+        if self._weights.index is not None:
+            files.append(self._weights.index)
+        try:
+            return digest_files((file.relative_to(self.path).as_posix(), file) for file in files)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    @property
+    def license(self) -> str | None:
+        """The `license:` of the model card's front matter, None where it says nothing."""
+        try:
+            check_allowed(self.path / "README.md", "the model card")
+            text = (self.path / "README.md").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+        opening, _, rest = text.partition("\n")
+        if opening.strip() != "---":
+            return None
+        try:
+            card = yaml.safe_load(rest.partition("\n---")[0])
+        except yaml.YAMLError:
+            return None
+        value = card.get("license") if isinstance(card, dict) else None
+        if isinstance(value, list):
+            return ", ".join(str(part) for part in value) or None
+        return str(value) if value else None
+
+    def close(self) -> None:
+        """Let go of the open files; a later `tensor` opens them again."""
+        self._handles.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self._weights.tensors)} tensors)"
+
+
+def _refuse_adapter(path: Path) -> None:
+    if (path / "adapter_config.json").is_file() and not any(
+        (path / name).is_file() for name in (SINGLE, INDEX)
+    ):
+        raise CheckpointError(
+            f"{path} is a PEFT adapter, and PEFT adapters are not merged yet; save the whole model with "
+            "`merge_and_unload()` and `save_pretrained`"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {CONFIG}; name a folder that `save_pretrained` wrote")
+    check_allowed(file, "the model's config")
+    config = read_json_object(file)
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{file} asks for its own code to be run ('auto_map'), which is refused; "
+            "use an architecture that transformers itself has"
+        )
+    return config

@@ -1,0 +1,114 @@
+"""`merge.json`: what a merge was made of, what came out, and how; built from artefacts, schema 1.
+
+Numbers come from the stages and are only put in place here. The same document feeds the report, the card, the
+terminal and the tracker.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from bmm.digest import digest_json
+from bmm.recipe import Recipe
+from bmm.sources import Inputs
+from bmm.stages.request import Result, Work
+
+SCHEMA = 1
+_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "dask", "zarr", "botorch", "gpytorch", "datasets")
+# Linux counts ru_maxrss in KiB, macOS in bytes.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result], work: Work) -> dict[str, Any]:
+    """Return the whole of `merge.json` for a finished merge."""
+    evaluation = work.read(results["evaluate"].reference("evaluation")).read_json("evaluation.json")
+    search_artefact = work.read(results["search"].reference("search"))
+    experts = {
+        expert.name: work.read(results["experts"].reference("experts", expert.name)).read_json("expert.json")
+        for expert in inputs.experts
+    }
+    anchor = recipe.anchor.model_dump(mode="json")
+    if inputs.anchor is not None:
+        anchor["digest"] = inputs.anchor.digest
+    said = recipe.document()
+    return {
+        "schema": SCHEMA,
+        "recipe_digest": digest_json(said),
+        "recipe": said,
+        "base": {
+            "source": inputs.base.source,
+            "digest": inputs.base.digest,
+            "revision": inputs.base.revision,
+        },
+        "experts": [
+            {
+                "name": expert.name,
+                "source": expert.model.source,
+                "digest": expert.model.digest,
+                "revision": expert.model.revision,
+                "task": expert.task["kind"],
+                "labels": experts[expert.name]["labels"],
+                "license": experts[expert.name]["license"],
+            }
+            for expert in inputs.experts
+        ],
+        "anchor": anchor,
+        "metrics": evaluation["metrics"],
+        "methods": evaluation["methods"],
+        "coverage": search_artefact.read_json("coverage.json"),
+        "search": search_artefact.read_json("search.json"),
+        "stages": {
+            name: {"state": result.state, "seconds": round(result.seconds, 3), "key": result.key}
+            for name, result in results.items()
+        },
+        "data": {name: expert["splits"] for name, expert in experts.items()},
+        "bootstrap": evaluation["bootstrap"],
+        "notes": _notes(results, inputs, work),
+        "environment": environment(),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine's size that the numbers were made with."""
+    return {
+        "bmm": version("bayesian-model-merging"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": _threads(),
+        **{name: version(name) for name in _LIBRARIES},
+    }
+
+
+def _threads() -> int | None:
+    # Asking torch would import it, which a run with everything cached does without.
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else None
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process or any finished child, in bytes."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return max(own, children) * _RSS_UNIT
+
+
+def _notes(results: Mapping[str, Result], inputs: Inputs, work: Work) -> list[str]:
+    """Return what a person should know that no table shows."""
+    notes = []
+    for expert in inputs.experts:
+        norms = work.read(results["task-vectors"].reference("experts", expert.name)).read_json("norms.json")
+        zero = [name for name, entry in norms.items() if entry["norm"] == 0.0]
+        if zero and len(zero) == len(norms):
+            notes.append(f"The expert {expert.name} equals the base in every tensor: its task vector is zero.")
+        elif zero:
+            more = f" and {len(zero) - 1} more" if len(zero) > 1 else ""
+            notes.append(f"The expert {expert.name} equals the base in {zero[0]}{more}: no task vector there.")
+    return notes

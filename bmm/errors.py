@@ -1,0 +1,40 @@
+"""Every error this project raises on purpose.
+
+`BMMError` is the root; `UserError` and its subclasses are the user's mistakes, each one sentence that names the
+file, key or tensor and says what to do (the command line prints it and exits with 2). Anything else is a fault of
+the machine or of ours (exit 1).
+"""
+
+from __future__ import annotations
+
+
+class BMMError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class ArtefactDamagedError(BMMError):
+    """An artefact's bytes differ from what its manifest promises; the stage that made it must run again."""
+
+
+class ClusterError(BMMError):
+    """The Dask cluster could not be started or reached, or lost a piece of work for good."""
+
+
+class UserError(BMMError):
+    """The user's mistake: one sentence, no traceback, exit code 2."""
+
+
+class RecipeError(UserError):
+    """The recipe is not valid: unknown key, wrong type, impossible value."""
+
+
+class CheckpointError(UserError):
+    """A model folder cannot be used: missing, pickled, of another architecture, with a tensor of another shape."""
+
+
+class DataError(UserError):
+    """A data split cannot be used: missing, empty, without its columns, overlapping another split."""
+
+
+class OutputError(UserError):
+    """The output folder or the store cannot be written: permissions, disk space, somebody else's files."""

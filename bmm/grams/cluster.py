@@ -1,0 +1,84 @@
+"""The Dask workers that compute Grams: local processes of our own, or a scheduler that is running already.
+
+Only starting, reaching and asking them lives here; what they compute is `bmm.grams.shards`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+
+from bmm.errors import BMMError, ClusterError, RecipeError
+from bmm.progress import Bar
+from bmm.recipe import ClusterSettings
+
+_CONNECT_SECONDS = 20
+
+
+@contextmanager
+def workers(settings: ClusterSettings) -> Iterator[Client]:
+    """Yield a client of the recipe's scheduler, or of local worker processes that end with the block.
+
+    Raises:
+        RecipeError: the recipe's scheduler does not answer.
+        ClusterError: the local processes do not start.
+    """
+    if settings.scheduler is not None:
+        try:
+            client = Client(settings.scheduler, timeout=_CONNECT_SECONDS)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise RecipeError(
+                f"'cluster.scheduler': no Dask scheduler answers at {settings.scheduler} ({error}); "
+                "start it, or remove the key to use local workers"
+            ) from None
+        with client:
+            yield client
+        return
+    try:
+        cluster = LocalCluster(
+            n_workers=settings.workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=settings.memory_limit.replace(" ", ""),
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        )
+    except (OSError, RuntimeError, TimeoutError) as error:
+        raise ClusterError(f"the local Dask workers did not start: {error}") from error
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+def run_all(
+    client: Client, function: Callable[[dict[str, Any]], dict[str, Any]], requests: Sequence[dict[str, Any]], bar: Bar
+) -> list[dict[str, Any]]:
+    """Run `function` on every request and return the answers in the requests' order.
+
+    A worker that dies has its requests run again elsewhere (three deaths of one request are too many), so `function`
+    must be pure and must name what it writes by its content.
+
+    Raises:
+        ClusterError: a request killed every worker that tried it.
+        BMMError: whatever of ours `function` raised.
+    """
+    futures = [client.submit(function, request, pure=False, retries=0) for request in requests]
+    place = {future.key: index for index, future in enumerate(futures)}
+    answers: list[dict[str, Any]] = [{} for _ in requests]
+    try:
+        for future in as_completed(futures):
+            answers[place[future.key]] = future.result()
+            bar.advance()
+    except KilledWorker as error:
+        raise ClusterError(
+            "a shard of the Gram matrices killed every worker that tried it (out of memory?); "
+            "raise cluster.memory_limit or lower grams.shard_rows"
+        ) from error
+    except BMMError:
+        client.cancel(futures)
+        raise
+    return answers

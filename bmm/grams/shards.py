@@ -1,0 +1,108 @@
+"""One expert's Gram matrices: cut into shards of rows, computed anywhere, summed in one order.
+
+A shard's result is a pure function of the expert's weights, the rows and the settings, stored under a key made of
+exactly these; computing it twice (a worker died, a run was killed) costs time and changes nothing. The sum runs over
+the list of shards, each once, in row order, in float64: the same bytes whoever computed what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bmm.checkpoint.architecture import encoder_names, encoder_prefix
+from bmm.checkpoint.verified import open_verified
+from bmm.evaluation.data import Split
+from bmm.evaluation.model import TaskModel
+from bmm.grams.collect import GramSum, collect
+from bmm.store import Artefact, Draft, Reference, Store, artefact_key
+
+SHARD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardRequest:
+    """Everything that a worker needs for one shard; plain JSON values, so that it travels anywhere.
+
+    The first block decides the result and makes the key, the second says where things lie.
+    """
+
+    expert_digest: str
+    split_digest: str
+    start: int
+    stop: int
+    max_length: int
+    batch_size: int
+    groups: tuple[str, ...]
+
+    store: str
+    expert_path: str
+    data: Mapping[str, str]
+
+    def key(self) -> str:
+        """Return the key of the shard's artefact."""
+        values = {name: value for name, value in vars(self).items() if name not in ("store", "expert_path", "data")}
+        return artefact_key("gram-shard", SHARD_VERSION, values, {})
+
+
+def shards_of(request: ShardRequest, rows: int, shard_rows: int) -> list[ShardRequest]:
+    """Cut `rows` rows into shards of `shard_rows`; the cut never depends on the number of workers."""
+    return [
+        ShardRequest(**{**vars(request), "start": start, "stop": min(start + shard_rows, rows)})
+        for start in range(0, rows, shard_rows)
+    ]
+
+
+def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
+    """Compute one shard, if the store does not have it, and return the reference to it. Runs in a worker."""
+    request = ShardRequest(**{**values, "groups": tuple(values["groups"])})
+    # One thread a worker: workers are what runs in parallel, and the bytes must not depend on their number.
+    torch.set_num_threads(1)
+    store = Store(Path(request.store))
+
+    def make(draft: Draft) -> None:
+        text = store.read(Reference.from_json(request.data)).file("calibration.jsonl").read_text(encoding="utf-8")
+        split = Split.from_jsonl("calibration", text)
+        model = _loaded(request.expert_path, request.expert_digest, request.max_length, request.batch_size)
+        tokenised = model.tokenise(split.rows[request.start : request.stop])
+        sums = collect(model.encoder, model.batches(tokenised), request.groups)
+        tensors = {name: part.total for name, part in sums.items()}
+        save_file(tensors, draft.path / "sums.safetensors")
+        # Not as the tensors' metadata: safetensors writes several entries in a random order.
+        draft.write_json("rows.json", {name: part.rows for name, part in sums.items()})
+
+    reference, _ = store.obtain("gram-shard", request.key(), make)
+    return reference.to_json()
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: str, digest: str, max_length: int, batch_size: int) -> TaskModel:
+    """Return the expert ready to run; the last one stays loaded, since shards of one expert come together."""
+    with open_verified(Path(path), digest) as checkpoint:
+        model = TaskModel.build(checkpoint.config, checkpoint.path, max_length, batch_size, task=Path(path).name)
+        names = encoder_names(checkpoint, encoder_prefix(checkpoint.config))
+        state = {name: checkpoint.tensor(names[name]) for name in model.encoder_names() if name in names}
+        model.load_encoder(state)
+        return model
+
+
+def reduce(shards: Sequence[Artefact], groups: Sequence[str]) -> dict[str, GramSum]:
+    """Add up the shards in the order given, one input group at a time, in float64."""
+    sums: dict[str, GramSum] = {}
+    for shard in shards:
+        rows = shard.read_json("rows.json")
+        with safe_open(shard.file("sums.safetensors"), framework="pt") as handle:
+            for name in groups:
+                part = GramSum(handle.get_tensor(name), rows[name])
+                if name in sums:
+                    sums[name].add(part)
+                else:
+                    sums[name] = part
+    return sums

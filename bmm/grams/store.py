@@ -1,0 +1,80 @@
+"""Gram matrices on disk: a Zarr group an expert, written once and never changed.
+
+One float64 array `(in, in)` per input group, holding the *sum* `XᵀX` so that parts still add, with the number of
+rows in its attributes. Chunks divide `in` up to 1024, are checksummed (crc32c), and unwritten ones read as NaN, so a
+lost chunk cannot pass for zeros; the artefact's manifest counts and digests them as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from bmm.errors import ArtefactDamagedError
+from bmm.grams.collect import GramSum
+
+_LARGEST_CHUNK = 1024
+
+
+class GramReader:
+    """Gram sums of one expert, read one at a time.
+
+    Args:
+        path: the Zarr group's folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._group = zarr.open_group(path, mode="r")
+        self.provenance: dict[str, Any] = dict(self._group.attrs)
+
+    def names(self) -> list[str]:
+        """Return the names of the input groups."""
+        return sorted(self._group.array_keys())
+
+    def rows(self, name: str) -> int:
+        """Return the number of rows behind one Gram."""
+        return int(str(self._group[name].attrs["rows"]))
+
+    def gram(self, name: str) -> torch.Tensor:
+        """Return `G = XᵀX / rows`, `(in, in)` float64.
+
+        Raises:
+            ArtefactDamagedError: a chunk is missing.
+        """
+        array = self._group[name]
+        total = torch.from_numpy(array[:])  # type: ignore[index]
+        if bool(torch.isnan(total).any()):
+            raise ArtefactDamagedError(f"the Gram matrix of {name} in {self._path.name} has lost a chunk")
+        return total / max(self.rows(name), 1)
+
+
+def write(path: Path, sums: Mapping[str, GramSum], provenance: Mapping[str, Any]) -> None:
+    """Write the sums of one expert as a new Zarr group at `path`, with `provenance` in its attributes."""
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    group.attrs.update(dict(provenance))
+    for name, part in sorted(sums.items()):
+        size = part.total.shape[0]
+        array = group.create_array(
+            name,
+            shape=(size, size),
+            chunks=(_chunk(size), _chunk(size)),
+            dtype="float64",
+            fill_value=float("nan"),
+            compressors=[Crc32cCodec()],
+            attributes={"rows": part.rows, "statistic": "sum of outer products, padding left out"},
+        )
+        array[:] = part.total.numpy()
+
+
+def _chunk(size: int) -> int:
+    """Return the largest divisor of `size` that is at most 1024 (or `size` cut evenly, if it has no good one)."""
+    if size <= _LARGEST_CHUNK:
+        return size
+    divisors = [step for step in range(1, _LARGEST_CHUNK + 1) if size % step == 0]
+    return divisors[-1] if divisors[-1] >= _LARGEST_CHUNK // 4 else _LARGEST_CHUNK

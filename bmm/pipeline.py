@@ -1,0 +1,103 @@
+"""One merge from recipe to output folder: the order of the stages, in one place.
+
+`run` does not care how a stage is executed: in this process (`merge`), or as an orchestrator's task (`flows.merge`).
+Either way the same plain functions do the work, to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from bmm.document import build_document
+from bmm.errors import ArtefactDamagedError
+from bmm.publication import export
+from bmm.recipe import Recipe
+from bmm.requests import Requests
+from bmm.sources import Inputs, fingerprint_inputs
+from bmm.stages.request import Request, Result, Stage, Work, perform
+from bmm.store import Store
+
+STAGES = ("experts", "task-vectors", "grams", "anchor", "search", "evaluate", "publish")
+
+Execute = Callable[[Store, Request], Result]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A finished merge: where it is and all that is known of it."""
+
+    output: Path
+    document: dict[str, Any]
+    results: dict[str, Result]
+
+    @property
+    def share_of_experts(self) -> float:
+        """The merged model's mean test metric over the experts' mean."""
+        return float(self.document["metrics"]["test"]["mean"]["share_of_experts"]["merged"])
+
+
+def merge(recipe: Recipe, *, store: str | PathLike[str] | None = None, fresh: bool = False) -> Merge:
+    """Run a whole merge in this process, without an orchestrator or a tracker.
+
+    Finished stages are taken from the store. A script that calls this needs `if __name__ == "__main__":` around it,
+    because the Gram workers are processes that import the script.
+
+    Args:
+        recipe: what to merge.
+        store: folder of the artefact store; else `BMM_STORE`, else the user's cache folder.
+        fresh: compute every stage anew.
+
+    Raises:
+        UserError: the recipe or something that it names cannot be used.
+        BMMError: the merge failed for another reason.
+    """
+    return run(recipe, Store.open(store, fresh=fresh), perform_here)
+
+
+def run(recipe: Recipe, store: Store, execute: Execute, *, inputs: Inputs | None = None) -> Merge:
+    """Run every stage through `execute`, then write the output folder."""
+    inputs = inputs or fingerprint_inputs(recipe)
+    results = run_stages(recipe, inputs, store, execute, STAGES)
+    work = Work(store)
+    document = build_document(recipe, inputs, results, work)
+    output = recipe.resolve(recipe.output)
+    export(work.read(results["publish"].reference("model")), document, output)
+    return Merge(output, document, results)
+
+
+def run_stages(
+    recipe: Recipe, inputs: Inputs, store: Store, execute: Execute, stages: tuple[str, ...]
+) -> dict[str, Result]:
+    """Run some stages in their order and return their results.
+
+    An artefact that is found damaged by a later stage (it was whole when its own stage looked) has its stage run
+    again, once.
+    """
+    requests = Requests(recipe, inputs)
+    for attempt in (1, 2):
+        results: dict[str, Result] = {}
+        try:
+            for stage in stages:
+                results[stage] = execute(store, requests.build(stage, results))
+        except ArtefactDamagedError:
+            if attempt == 2:  # noqa: PLR2004
+                raise
+            continue
+        break
+    return results
+
+
+def perform_here(store: Store, request: Request) -> Result:
+    """Execute one stage in this process."""
+
+    def load() -> Stage:
+        # The stages import torch and transformers; finding out that everything is cached does not.
+        from bmm.stages.registry import STAGES as FUNCTIONS
+
+        return FUNCTIONS[request.stage]
+
+    return perform(load, store, request)

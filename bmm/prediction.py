@@ -1,0 +1,186 @@
+"""What a model answers on a split: logits, kept as artefacts, so that no pair of model and rows is run twice.
+
+A model here is an encoder (known by the digest of its weights) with one task's head. The classifiers themselves are
+`bmm.evaluation.model`; numbers made from the answers are `bmm.evaluation.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bmm.checkpoint.layout import Layout
+from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.verified import open_verified
+from bmm.evaluation.data import Split
+from bmm.evaluation.metrics import correct_rows
+from bmm.evaluation.model import TaskModel
+from bmm.evaluation.tokens import TokenisedRows
+from bmm.progress import progress
+from bmm.sources import Expert
+from bmm.stages.request import Work
+from bmm.store import Artefact, Draft
+
+EncoderState = Mapping[str, torch.Tensor]
+
+
+class Panel:
+    """The tasks of a merge, each with its expert's head, around one encoder whose weights are swapped.
+
+    Args:
+        work: the way to the store.
+        experts: the experts with their tasks.
+        artefacts: each expert's verified `expert` artefact, which holds its rows.
+        layout: which tensors are shared and which travel with a head.
+        batch_size: rows in one forward pass.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        experts: Sequence[Expert],
+        artefacts: Mapping[str, Artefact],
+        layout: Layout,
+        batch_size: int,
+    ) -> None:
+        self._work = work
+        self._experts = {expert.name: expert for expert in experts}
+        self._artefacts = artefacts
+        self._layout = layout
+        self._batch_size = batch_size
+        self._models: dict[str, TaskModel] = {}
+        self._splits: dict[tuple[str, str], Split] = {}
+        self._tokens: dict[tuple[str, str], TokenisedRows] = {}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the recipe's order."""
+        return tuple(self._experts)
+
+    def rows(self, task: str, split: str) -> int:
+        """Return the number of rows of a split."""
+        return len(self._split(task, split).rows)
+
+    def correct(self, task: str, split: str, logits: torch.Tensor) -> NDArray[np.bool_]:
+        """Return, for each row of a split, whether the answer `(rows, classes)` is right."""
+        return correct_rows(logits, self._split(task, split).labels())
+
+    def evaluate(self, state: EncoderState, split: str) -> dict[str, NDArray[np.bool_]]:
+        """Run encoder weights on one split of every task; nothing is kept.
+
+        Raises:
+            FloatingPointError: an answer is not finite.
+        """
+        self._load(state)
+        found = {}
+        with progress(f"evaluating {split}", sum(self.rows(task, split) for task in self.tasks)) as bar:
+            for task in self.tasks:
+                model = self._model(task)
+                found[task] = self.correct(task, split, model.logits(self._tokenised(task, split), bar))
+        return found
+
+    def predictions(
+        self, encoder: str, state: Callable[[], EncoderState], tasks: Sequence[str], split: str, what: str
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Return, by task and row, whether an encoder answers right; runs only what the store does not have.
+
+        Args:
+            encoder: digest of the encoder's weights.
+            state: gives the weights; called only if something must be run.
+            tasks: the tasks wanted.
+            split: `validation` or `test`.
+            what: the model's name for the progress bar.
+        """
+        found = {}
+        loaded = False
+        with progress(f"{what} on {split}", sum(self.rows(task, split) for task in tasks)) as bar:
+            for task in tasks:
+
+                def make(draft: Draft, task: str = task) -> None:
+                    nonlocal loaded
+                    if not loaded:
+                        self._load(state())
+                        loaded = True
+                    answers = self._model(task).logits(self._tokenised(task, split), bar)
+                    save_file({"logits": answers}, draft.path / "logits.safetensors")
+
+                artefact = self._work.read(self._work.obtain("predictions", self._inputs(encoder, task, split), make))
+                logits = load_file(artefact.file("logits.safetensors"))["logits"]
+                found[task] = self.correct(task, split, logits)
+        return found
+
+    def _inputs(self, encoder: str, task: str, split: str) -> dict[str, Any]:
+        return {
+            "encoder": encoder,
+            "head": self._experts[task].model.digest,
+            "max_length": self._experts[task].task["max_length"],
+            "batch_size": self._batch_size,
+            "rows": self._split(task, split).digest,
+        }
+
+    def _split(self, task: str, split: str) -> Split:
+        known = self._splits.get((task, split))
+        if known is None:
+            known = self._splits[task, split] = read_split(self._artefacts[task], split)
+        return known
+
+    def _model(self, task: str) -> TaskModel:
+        if task not in self._models:
+            expert = self._experts[task]
+            with open_verified(Path(expert.model.path), expert.model.digest) as checkpoint:
+                model = build_model(checkpoint, expert.name, expert.task["max_length"], self._batch_size)
+                model.load_head(head_tensors(checkpoint, self._layout, expert.name))
+            if self._models:
+                model.share_encoder(next(iter(self._models.values())))
+            self._models[task] = model
+        return self._models[task]
+
+    def _tokenised(self, task: str, split: str) -> TokenisedRows:
+        known = self._tokens.get((task, split))
+        if known is None:
+            known = self._tokens[task, split] = self._model(task).tokenise(self._split(task, split).rows)
+        return known
+
+    def _load(self, state: EncoderState) -> None:
+        # One encoder serves every task, so loading it into one model, once all share it, loads it into all.
+        models = [self._model(task) for task in self.tasks]
+        models[0].load_encoder(state)
+
+
+def build_model(checkpoint: Checkpoint, name: str, max_length: int, batch_size: int) -> TaskModel:
+    """Return a classifier of the checkpoint's architecture with its tokenizer; its weights are not loaded."""
+    return TaskModel.build(checkpoint.config, checkpoint.path, max_length, batch_size, task=name)
+
+
+def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:
+    """Return what travels with one expert's head, under the classifier's own names."""
+    return {name: checkpoint.tensor(stored) for name, stored in layout.heads[expert].items()}
+
+
+def read_split(artefact: Artefact, split: str) -> Split:
+    """Return one split out of an `expert` artefact."""
+    return Split.from_jsonl(split, artefact.file(f"{split}.jsonl").read_text(encoding="utf-8"))
+
+
+class StoredWeights:
+    """Encoder weights in an artefact's safetensors files, read one tensor at a time by canonical name."""
+
+    def __init__(self, artefact: Artefact) -> None:
+        self._handles = [safe_open(path, framework="pt") for path in sorted(artefact.path.glob("*.safetensors"))]
+        self._place = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Return one tensor in its stored dtype."""
+        tensor: torch.Tensor = self._place[name].get_tensor(name)
+        return tensor
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return every tensor."""
+        return {name: self(name) for name in self._place}

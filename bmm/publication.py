@@ -1,0 +1,65 @@
+"""The output folder: the model out of the store, with its card, report and `merge.json`, put in place as a whole.
+
+An output that holds these very weights already keeps them, and only what tells of the run is written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bmm.checkpoint.folder import replacing
+from bmm.digest import digest_file
+from bmm.disk import explained
+from bmm.report.card import model_card
+from bmm.report.page import report_page
+from bmm.store import MANIFEST, Artefact
+
+
+def export(artefact: Artefact, document: Mapping[str, Any], output: Path) -> None:
+    """Write the output folder of a merge.
+
+    Args:
+        artefact: the `model` artefact.
+        document: the merge's document.
+        output: where the user wants it.
+
+    Raises:
+        OutputError: the folder cannot be written, or is somebody else's.
+    """
+    told = {
+        "merge.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": report_page(document),
+        "README.md": model_card(document),
+    }
+    if _holds(output, artefact):
+        with explained(output):
+            for name, text in told.items():
+                _replace_file(output / name, text)
+        return
+    with replacing(output) as folder, explained(output):
+        shutil.copytree(artefact.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        for name, text in told.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _holds(output: Path, artefact: Artefact) -> bool:
+    """Say whether the output folder holds the artefact's files, byte for byte."""
+    return (output / "merge.json").is_file() and all(
+        (output / name).is_file()
+        and (output / name).stat().st_size == expected["bytes"]
+        and digest_file(output / name) == expected["sha256"]
+        for name, expected in artefact.manifest["files"].items()
+    )
+
+
+def _replace_file(path: Path, text: str) -> None:
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,258 @@
+"""What a user asks for: one frozen model, read from YAML, with its JSON Schema published.
+
+Only the words live here. Whether the files that a recipe names exist and fit together is checked by
+`bmm.sources`; nothing in this module touches a disk beyond the recipe's own file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bmm.anchors.settings import AnchorSettings, TSVSettings
+from bmm.errors import RecipeError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SplitSource(_Part):
+    """Rows of one split, as `datasets.load_dataset` is asked for them, and how many of them to take.
+
+    `path` is a builder (`json`, `csv`, `parquet`, `text`), a folder saved on disk, or a hub id; `rows` takes a seeded
+    sample of that size, in file order; without it every row is used.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    revision: str | None = None
+    rows: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class TextClassification(_Part):
+    """One text (or pair of texts) a row, one label out of a fixed set; the metric is accuracy."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    max_length: int = Field(default=128, ge=4, description="tokens a row, longer rows are cut")
+    calibration: SplitSource
+    validation: SplitSource
+    test: SplitSource
+
+    def splits(self) -> dict[str, SplitSource]:
+        """Return the three splits by name, in a fixed order."""
+        return {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+
+
+class ExpertSource(_Part):
+    """One expert: its checkpoint and the task that it was trained for."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    model: str = Field(min_length=1, description="a folder, hub-id@revision, or an MLflow models:/ URI")
+    task: TextClassification
+
+
+class GramSettings(_Part):
+    """Where the Gram matrices come from, and how their rows are cut into shards."""
+
+    source: Literal["activations"] = "activations"
+    shard_rows: int = Field(default=128, ge=1, description="calibration rows in one shard of work")
+    batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
+
+
+class RegressionSettings(_Part):
+    """How the module weights are solved for."""
+
+    mode: Literal["module-wise"] = "module-wise"
+
+
+Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
+
+
+class SearchSettings(_Part):
+    """The outer loop: which hyperparameters vary together, how many trials, towards what."""
+
+    per: Literal["model", "type", "depth", "type x depth", "module"] = "type"
+    trials: int = Field(default=24, ge=1)
+    objective: Literal["share-of-expert"] = "share-of-expert"
+    seed: int = Field(default=0, ge=0)
+    log10_lambda: Range = (-4.0, 2.0)
+    gamma: Range = (0.5, 1.5)
+
+    @field_validator("log10_lambda", "gamma")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError("the lower end must be below the upper end")
+        return value
+
+    @model_validator(mode="after")
+    def _anchor_within(self) -> Self:
+        if not self.gamma[0] <= 1.0 <= self.gamma[1]:
+            raise ValueError("gamma must include 1, where the anchor stands")
+        return self
+
+
+class ClusterSettings(_Part):
+    """The Dask cluster that computes Gram matrices: an address, or local worker processes."""
+
+    scheduler: str | None = Field(default=None, description="tcp://host:port of a running scheduler")
+    workers: int = Field(default=2, ge=1)
+    memory_limit: str = Field(default="8GiB", pattern=r"^\d+(\.\d+)?\s*([kMGT]i?)?B$")
+
+
+class EvaluationSettings(_Part):
+    """How models are measured and against what they are compared."""
+
+    batch_size: int = Field(default=64, ge=1)
+    compare: tuple[Literal["average", "ta", "ties", "tsv", "wudi", "regmean"], ...] = Field(
+        default=("average", "ta", "ties", "tsv", "wudi", "regmean"),
+        description="methods, at their published settings, that get a row in the table",
+    )
+    bootstrap_samples: int = Field(default=2000, ge=100)
+    bootstrap_seed: int = Field(default=0, ge=0)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+
+class CoverageSettings(_Part):
+    """When a merge counts as having reached too few of the weights."""
+
+    minimum: float = Field(
+        default=0.5, ge=0, le=1, description="least share of the encoder's matrix weights that must be regressed"
+    )
+
+
+class TrackingSettings(_Part):
+    """What MLflow calls this merge."""
+
+    enabled: bool = True
+    experiment: str = Field(default="bayesian-model-merging", min_length=1)
+
+
+class Recipe(_Part):
+    """One merge, as a user asks for it. Relative paths are relative to `folder`."""
+
+    base_model: str = Field(min_length=1)
+    experts: tuple[ExpertSource, ...] = Field(min_length=2)
+    output: str = Field(min_length=1)
+    anchor: AnchorSettings = TSVSettings()
+    grams: GramSettings = GramSettings()
+    regression: RegressionSettings = RegressionSettings()
+    search: SearchSettings = SearchSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    coverage: CoverageSettings = CoverageSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = Field(
+        default="base", description="dtype of the written weights"
+    )
+    max_shard_size: str = Field(
+        default="2GiB", pattern=r"^\d+(\.\d+)?\s*([kMGT]i?)?B$", description="largest weight file of the output"
+    )
+    folder: Path = Field(default=Path("."), exclude=True, repr=False, description="set by from_yaml, not by users")
+
+    @field_validator("experts")
+    @classmethod
+    def _distinct_names(cls, value: tuple[ExpertSource, ...]) -> tuple[ExpertSource, ...]:
+        names = [expert.name.lower() for expert in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name '{twice[0]}' is given to two experts; give each its own")
+        if "mean" in names:
+            raise ValueError("an expert cannot be called 'mean', which is where the means over tasks stand; rename it")
+        return value
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            RecipeError: the file is missing, is not YAML, or says something a recipe cannot say.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe at {path}; `bmm init DIR` writes one") from None
+        except IsADirectoryError:
+            raise RecipeError(f"{path} is a folder; name the recipe's YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
+        try:
+            value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the recipe {path} is not valid YAML: {_one_line(error)}") from None
+        if not isinstance(value, dict):
+            raise RecipeError(f"the recipe {path} must be a mapping of keys such as base_model, experts, output")
+        return cls.from_mapping(value, folder=path.resolve().parent, where=str(path))
+
+    @classmethod
+    def from_mapping(cls, value: dict[str, Any], *, folder: str | Path = ".", where: str = "the recipe") -> Recipe:
+        """Build a recipe from plain values, with relative paths taken from `folder`.
+
+        Raises:
+            RecipeError: a key is unknown, missing or has an impossible value.
+        """
+        if "folder" in value:
+            raise RecipeError(f"{where}: 'folder' is not a key of the recipe; remove it")
+        if isinstance(value.get("anchor"), dict):
+            value = {**value, "anchor": {"method": "tsv", **value["anchor"]}}
+        try:
+            return cls.model_validate({**value, "folder": Path(folder).resolve()})
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error)}") from None
+
+    def resolve(self, path: str) -> Path:
+        """Return `path` as an absolute path, taken from the recipe's folder where it is relative."""
+        return (self.folder / Path(path).expanduser()).resolve()
+
+    def document(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values, defaults filled in, without the folder it was read from."""
+        return self.model_dump(mode="json")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML as PyYAML reads it safely, but a key given twice is an error instead of a silent last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Refuse repeated keys, then build the mapping."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first mistake as one sentence that names its key."""
+    first = error.errors()[0]
+    # Discriminated unions put the chosen method between the key and its option; users never wrote it as a key.
+    parts = [str(part) for part in first["loc"] if part not in ("average", "ta", "ties", "tsv", "wudi", "checkpoint")]
+    key = ".".join(parts) or "the recipe"
+    match first["type"]:
+        case "extra_forbidden":
+            return f"unknown key '{key}'; remove it or correct its spelling"
+        case "missing":
+            return f"the key '{key}' is missing; add it"
+        case _:
+            message = first["msg"].removeprefix("Value error, ")
+            given = first.get("input")
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+            return f"'{key}': {message}{shown}"

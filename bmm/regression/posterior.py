@@ -1,0 +1,164 @@
+"""The posterior mean of one linear map under an anchor prior: one eigendecomposition, any prior strength.
+
+With Gram matrices `G_t` (in, in), experts' weights `W_t` (out, in) and the anchor's weight `W_a` (out, in):
+
+    Ŵ(λ) = W_a + [Σ_t (W_t − W_a) G_t] (Σ_t G_t + λ̄ I)⁻¹        λ̄ = λ · tr(Σ_t G_t)/in
+
+Everything is float64 inside, whatever comes in. Which weights and Grams belong together, and how a Gram is
+collected, is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from bmm.errors import BMMError
+
+RELATIVE_CUTOFF = torch.finfo(torch.float32).eps
+"""A direction whose `s + λ̄` is at or below this share of the largest eigenvalue `s` counts as never seen.
+
+Grams are sums of float32 products, so smaller eigenvalues are rounding: a singular Gram shows some around
+1e-8 of the largest. Dividing by them would blow rounding up; such directions keep the anchor instead.
+"""
+
+_ASYMMETRY = 1e-5
+_NEGATIVE = 1e-5
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """`Σ_t G_t = U diag(s) Uᵀ`, float64: eigenvectors (in, in), eigenvalues (in,) ascending and >= 0."""
+
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    trace: float
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior mean of one linear map as a function of the relative prior strength `λ`.
+
+    `anchor` (out, in) and `projection` `P = [Σ (W_t − W_a) G_t] U` (out, in), both float64. Maps that read
+    the same input share one `Spectrum`.
+    """
+
+    spectrum: Spectrum
+    anchor: Tensor
+    projection: Tensor
+
+    def mean(self, lam: float) -> Tensor:
+        """Return `W_a + (P / (s + λ̄)) Uᵀ` (out, in), float64.
+
+        `lam = inf`, or a Gram that is zero, returns the anchor bit for bit. `lam = 0` uses the
+        pseudo-inverse: directions that no input had (see `RELATIVE_CUTOFF`) keep the anchor.
+
+        Raises:
+            BMMError: `lam` is negative or NaN.
+        """
+        _require_strength(lam)
+        if math.isinf(lam) or self.spectrum.trace == 0:
+            return self.anchor.clone()
+        denominators, seen = self._denominators(lam)
+        coefficients = self.projection / torch.where(seen, denominators, 1.0)
+        return self.anchor + torch.where(seen, coefficients, 0.0) @ self.spectrum.eigenvectors.T
+
+    def condition(self, lam: float) -> float:
+        """Return the condition number `(s_max + λ̄)/(s_min + λ̄)` of the matrix that `mean` inverts.
+
+        It is inf where that matrix is singular to the Gram's rounding (some direction keeps the anchor),
+        and 1 for `lam = inf`.
+
+        Raises:
+            BMMError: `lam` is negative or NaN.
+        """
+        _require_strength(lam)
+        if math.isinf(lam):
+            return 1.0
+        denominators, seen = self._denominators(lam)
+        if not bool(seen.all()):
+            return math.inf
+        return float(denominators[-1] / denominators[0])
+
+    def _denominators(self, lam: float) -> tuple[Tensor, Tensor]:
+        values = self.spectrum.eigenvalues
+        denominators = values + lam * self.spectrum.trace / values.numel()
+        return denominators, denominators > RELATIVE_CUTOFF * values[-1]
+
+
+def decompose(gram_sum: Tensor, *, where: str) -> Spectrum:
+    """Return the spectrum of a sum of Gram matrices (in, in); a zero matrix is allowed.
+
+    Eigenvalues that rounding pushed below zero become zero.
+
+    Raises:
+        BMMError: the matrix is not square, not finite, not symmetric, or not positive semi-definite beyond
+            rounding (relative 1e-5); the message names `where`.
+    """
+    if gram_sum.ndim != 2 or gram_sum.shape[0] != gram_sum.shape[1] or gram_sum.numel() == 0:
+        raise BMMError(f"the Gram matrix of {where} has shape {tuple(gram_sum.shape)}, which is not square")
+    gram = gram_sum.to(torch.float64)
+    if not bool(torch.isfinite(gram).all()):
+        raise BMMError(f"the Gram matrix of {where} holds NaN or infinite values; collect it again")
+    largest = float(gram.abs().max())
+    if float((gram - gram.T).abs().max()) > _ASYMMETRY * largest:
+        raise BMMError(f"the Gram matrix of {where} is not symmetric; collect it again")
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    if float(values[0]) < -_NEGATIVE * largest:
+        raise BMMError(f"the Gram matrix of {where} has a negative eigenvalue; collect it again")
+    return Spectrum(vectors, values.clamp(min=0), float(gram.diagonal().sum()))
+
+
+def residual(anchor: Tensor, experts: Iterable[Tensor], grams: Iterable[Tensor]) -> Tensor:
+    """Return `Σ_t (W_t − W_a) G_t` (out, in), float64, reading one expert's weight and Gram at a time.
+
+    Raises:
+        BMMError: there is not one Gram for each expert, or shapes do not fit.
+    """
+    anchor = anchor.to(torch.float64)
+    total = torch.zeros_like(anchor)
+    for expert, gram in zip_longest(experts, grams):
+        if expert is None or gram is None:
+            raise BMMError("the number of experts' weights differs from the number of Gram matrices")
+        if expert.shape != anchor.shape or gram.shape != (anchor.shape[1], anchor.shape[1]):
+            raise BMMError(
+                f"an expert's weight {tuple(expert.shape)} and Gram matrix {tuple(gram.shape)} do not fit "
+                f"an anchor of shape {tuple(anchor.shape)}"
+            )
+        total += (expert.to(torch.float64) - anchor) @ gram.to(torch.float64)
+    return total
+
+
+def factor(spectrum: Spectrum, anchor: Tensor, residual: Tensor) -> Posterior:
+    """Return the posterior for an anchor (out, in) and `residual = Σ_t (W_t − W_a) G_t` (out, in).
+
+    Raises:
+        BMMError: shapes do not fit, or the anchor or the residual is not finite.
+    """
+    inputs = spectrum.eigenvalues.numel()
+    if anchor.ndim != 2 or anchor.shape != residual.shape or anchor.shape[1] != inputs:
+        raise BMMError(
+            f"an anchor of shape {tuple(anchor.shape)} and a residual of shape {tuple(residual.shape)} do "
+            f"not fit a Gram matrix of size {inputs}"
+        )
+    if not bool(torch.isfinite(anchor).all() and torch.isfinite(residual).all()):
+        raise BMMError("the anchor or the regression's residual holds NaN or infinite values")
+    return Posterior(spectrum, anchor.to(torch.float64), residual.to(torch.float64) @ spectrum.eigenvectors)
+
+
+def assemble(base: Tensor, mean: Tensor, gamma: float) -> Tensor:
+    """Return the weight `W_0 + γ (Ŵ − W_0)` (out, in), float64; `γ = 1` gives the mean bit for bit."""
+    if gamma == 1:
+        return mean.to(torch.float64, copy=True)
+    base = base.to(torch.float64)
+    return base + gamma * (mean.to(torch.float64) - base)
+
+
+def _require_strength(lam: float) -> None:
+    if not lam >= 0:
+        raise BMMError(f"a prior strength must be zero or positive, not {lam}")

@@ -1,0 +1,294 @@
+"""The figures of a report: task bars, methods, search progress, λ by depth and type.
+
+`figures` gives them as SVG text, `png` one of them as bytes, `build` as figure objects; each figure exists
+only when the document has data for it. Style and encoding are in drawing.py, the λ map in heatmap.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import quantiles
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from bmm.errors import BMMError
+from bmm.report import findings
+from bmm.report.drawing import (
+    COLOURS,
+    GRID,
+    INK,
+    MUTED,
+    ORIGIN_COLOURS,
+    ORIGIN_MARKERS,
+    OTHER_COLOUR,
+    OTHER_MARKER,
+    WIDTH,
+    canvas,
+    png_bytes,
+    shorten,
+    style,
+    svg,
+)
+from bmm.report.findings import Document
+from bmm.report.heatmap import lambda_map
+
+TITLES = {
+    "tasks": "Test accuracy by task: base, anchor, merged and expert",
+    "methods": "Share of the experts' mean test accuracy, by method",
+    "search": "Search progress: objective of each trial",
+    "lambda": "Prior strength by layer and module type",
+}
+
+
+def build(document: Document) -> dict[str, Figure]:
+    """Return every figure that the document has data for, by name, in the order a report shows them."""
+    with style():
+        drawn = {name: builder(document) for name, builder in _BUILDERS.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def figures(document: Document) -> dict[str, str]:
+    """Return every figure as an SVG element; the same document gives the same text."""
+    return {name: svg(name, figure, TITLES[name]) for name, figure in build(document).items()}
+
+
+def png(name: str, document: Document) -> bytes:
+    """Return one figure as PNG bytes.
+
+    Raises:
+        BMMError: there is no such figure, or the document has no data for it.
+    """
+    if name not in _BUILDERS:
+        raise BMMError(f"there is no figure '{name}'; there are {', '.join(_BUILDERS)}")
+    with style():
+        figure = _BUILDERS[name](document)
+    if figure is None:
+        raise BMMError(f"merge.json has no data for the figure '{name}'; ask `build` which figures it has")
+    return png_bytes(figure)
+
+
+def task_bars(document: Document) -> Figure | None:
+    """Draw four bars a task on the test split, with whiskers where there are intervals."""
+    found = findings.tasks(document)
+    if not found:
+        return None
+    bar = 0.17 if len(found) <= 8 else 0.13
+    heading, gap = 0.22, 0.12
+    group = heading + len(findings.ROLES) * bar + gap
+    figure, axes = canvas(len(found) * group + 0.55)
+    size = 8.5 if len(found) <= 8 else 7.0
+    for index, (name, entry) in enumerate(found.items()):
+        top = index * group
+        title = shorten(name, 56)
+        name_size = 9 if len(title) <= 40 else 7.5
+        title += f"  ({entry['rows']:,} rows)" if entry.get("rows") else ""
+        axes.text(0, top + heading / 2, title, va="center", weight="bold", parse_math=False, size=name_size)
+        for position, role in enumerate(findings.ROLES):
+            value = entry.get(role)
+            if value is None:
+                continue
+            middle = top + heading + (position + 0.5) * bar
+            axes.barh(middle, 100 * value, height=0.86 * bar, color=COLOURS[role])
+            interval = findings.interval_of(entry, role)
+            end = 100 * (value if interval is None else max(value, interval[1]))
+            if interval is not None:
+                limits = [100 * limit for limit in interval]
+                axes.plot(
+                    limits, [middle, middle], "-|", color=INK, linewidth=1, markersize=4, path_effects=_HALO
+                )
+            axes.text(
+                end + 1.2,
+                middle,
+                f"{findings.number(value)} {role}",
+                va="center",
+                size=size,
+                color=INK if role == "merged" else MUTED,
+                weight="bold" if role == "merged" else "normal",
+            )
+    axes.set_xlim(0, 122)
+    axes.set_ylim(len(found) * group, 0)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks([])
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    axes.set_xlabel(_metric_label(document))
+    return figure
+
+
+def method_dots(document: Document) -> Figure | None:
+    """Draw each method's share of the experts' mean with its interval, best on top, merged highlighted."""
+    rows = findings.methods(document)
+    if not rows:
+        return None
+    figure, axes = canvas(0.27 * len(rows) + 0.6)
+    for index, row in enumerate(rows):
+        highlighted = row.method == "merged"
+        colour = COLOURS["merged"] if highlighted else MUTED
+        if row.interval is not None:
+            axes.plot(
+                [100 * limit for limit in row.interval],
+                [index, index],
+                color=colour,
+                linewidth=2.4 if highlighted else 1.4,
+                solid_capstyle="butt",
+            )
+        face = "white" if row.method in ("base", "experts") else colour
+        axes.plot(
+            100 * row.share,
+            index,
+            "o",
+            markersize=8 if highlighted else 6,
+            color=colour,
+            markerfacecolor=face,
+        )
+    ends = [row.share for row in rows] + [limit for row in rows for limit in row.interval or ()]
+    low, high = 100 * min(ends), 100 * max(ends)
+    span = max(high - low, 1.0)
+    axes.set_xlim(low - 0.04 * span, high + 0.04 * span)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    if low <= 100 <= high:
+        axes.axvline(100, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
+    axes.set_yticks(range(len(rows)), [shorten(row.label, 34) for row in rows])
+    values = axes.secondary_yaxis("right")
+    shown = [
+        f"{findings.number(row.share)}"
+        + (f"  ({findings.interval_text(row.interval)})" if row.interval else "")
+        for row in rows
+    ]
+    values.set_yticks(range(len(rows)), shown)
+    values.spines["right"].set_visible(False)
+    for axis in (axes.yaxis, values.yaxis):
+        axis.set_tick_params(length=0)
+        for row, label in zip(rows, axis.get_ticklabels(), strict=True):
+            label.set_parse_math(False)
+            if row.method == "merged":
+                label.set(weight="bold", color=COLOURS["merged"])
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    axes.set_xlabel(f"share of the experts' mean test score, %  ({findings.confidence(document)} intervals)")
+    return figure
+
+
+def search_progress(document: Document) -> Figure | None:
+    """Draw the objective of each trial by origin, the best so far, and the anchor's level."""
+    trials = findings.finished_trials(document)
+    if not trials:
+        return None
+    figure, axes = canvas(3.4)
+    axes.spines["left"].set_visible(True)
+    indices = [trial["index"] for trial in trials]
+    values = [100 * trial["objective"] for trial in trials]
+    floor = _floor(values)
+    best = [max(values[: position + 1]) for position in range(len(values))]
+    right = max(indices) + 0.8
+    axes.step([*indices, right], [*best, best[-1]], where="post", color=INK, linewidth=1.2, zorder=2)
+    origins = list(dict.fromkeys(str(trial.get("origin", "unknown")) for trial in trials))
+    for origin in origins:
+        colour = ORIGIN_COLOURS.get(origin, OTHER_COLOUR)
+        marker = ORIGIN_MARKERS.get(origin, OTHER_MARKER)
+        of_origin = [
+            (i, v) for i, v, t in zip(indices, values, trials, strict=True) if t.get("origin") == origin
+        ]
+        inside = [(i, v) for i, v in of_origin if v >= floor]
+        axes.plot(*_columns(inside), marker, color=colour, markersize=6, markeredgecolor="white", zorder=3)
+        for index, value in of_origin:
+            if value < floor:
+                axes.annotate(
+                    f"{value:.0f} ↓", (index, floor), ha="center", va="bottom", size=7, color=colour, zorder=3
+                )
+    top = max(values)
+    span = max(top - floor, 0.5)
+    axes.set_ylim(floor - 0.06 * span, top + 0.10 * span)
+    axes.set_xlim(min(indices) - 0.8, right)
+    _label_levels(axes, document, best[-1], right)
+    _label_origins(axes, trials, origins)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    axes.set_xlabel("trial")
+    axes.set_ylabel("share of the experts'\nvalidation score, %")
+    return figure
+
+
+def _label_levels(axes: Axes, document: Document, best: float, right: float) -> None:
+    """Name the best value and the anchor's level at the right edge, moved apart where they are near."""
+    low, high = axes.get_ylim()
+    levels = {"best": best}
+    anchor = next((t for t in findings.finished_trials(document) if t.get("origin") == "anchor"), None)
+    if anchor is not None:
+        levels["anchor"] = 100 * anchor["objective"]
+        colour = ORIGIN_COLOURS["anchor"]
+        axes.axhline(levels["anchor"], color=colour, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
+    least = 0.075 * (high - low)
+    shown = dict(levels)
+    if "anchor" in shown and shown["best"] - shown["anchor"] < least:
+        shown["anchor"] = shown["best"] - least
+    for name, level in levels.items():
+        colour = INK if name == "best" else ORIGIN_COLOURS["anchor"]
+        axes.annotate(
+            f"{name} {level:.1f}",
+            (right, shown[name]),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+
+
+def _label_origins(axes: Axes, trials: list[Mapping[str, Any]], origins: list[str]) -> None:
+    """Name each origin above its first trial, in its colour, in as many rows as keep the names apart."""
+    low, high = axes.get_xlim()
+    character = 0.095 * (high - low) / (WIDTH - 1.6)
+    row_ends: list[float] = []
+    for origin in origins:
+        first = next(t["index"] for t in trials if str(t.get("origin", "unknown")) == origin)
+        start = first - 0.3
+        text = ORIGIN_NAMES.get(origin, shorten(origin, 20))
+        start = max(low, min(start, high - character * len(text)))
+        row = next((r for r, end in enumerate(row_ends) if end < start), len(row_ends))
+        row_ends[row:] = [start + character * (len(text) + 1), *row_ends[row + 1 :]]
+        colour = ORIGIN_COLOURS.get(origin, OTHER_COLOUR)
+        axes.annotate(
+            text,
+            (start, 1.0),
+            (0, 4 + 12 * row),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            color=colour,
+            weight="bold",
+            size=8.5,
+            parse_math=False,
+        )
+
+
+def _floor(values: list[float]) -> float:
+    """Return where the axis may end below, so that one hopeless trial does not flatten all the others."""
+    if len(values) < 4:
+        return min(values)
+    lower = quantiles(values, n=4)[0]
+    return max(min(values), lower - 3 * max(max(values) - lower, 0.5))
+
+
+def _columns(pairs: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _metric_label(document: Document) -> str:
+    names = sorted({str(entry.get("metric", "score")) for entry in findings.tasks(document).values()})
+    return f"test {' / '.join(names)}, %  ({findings.confidence(document)} intervals)"
+
+
+_HALO = [withStroke(linewidth=2.6, foreground="white")]  # a dark whisker must show on a dark bar
+ORIGIN_NAMES = {
+    "anchor": "◆ anchor",
+    "global": "■ one λ for all",
+    "sobol": "● Sobol",
+    "bayesian": "▲ Bayesian",
+}
+_BUILDERS: dict[str, Callable[[Document], Figure | None]] = {
+    "tasks": task_bars,
+    "methods": method_dots,
+    "search": search_progress,
+    "lambda": lambda_map,
+}

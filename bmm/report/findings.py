@@ -1,0 +1,269 @@
+"""What a merge.json says, in plain words: formatted numbers, rankings, warnings, one sentence a figure.
+
+Pure functions of the document; every sentence is computed from its numbers. No markup and no drawing here:
+the page, the card, the figures and the console table each present these findings in their own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+Document = Mapping[str, Any]
+Interval = tuple[float, float]
+
+ROLES = ("base", "anchor", "merged", "expert")
+NOT_AN_ANCHOR = ("base", "experts", "merged", "regmean")
+TREATMENTS = ("regressed", "anchored", "averaged", "copied")
+
+_LABELS = {
+    "base": "base model, experts' heads",
+    "experts": "experts, one a task",
+    "merged": "merged (this model)",
+    "average": "average",
+    "ta": "task arithmetic",
+    "ties": "TIES",
+    "tsv": "TSV-M",
+    "wudi": "WUDI",
+    "regmean": "RegMean",
+    "checkpoint": "given checkpoint",
+}
+_NUMBERS = (
+    "No",
+    "One",
+    "Two",
+    "Three",
+    "Four",
+    "Five",
+    "Six",
+    "Seven",
+    "Eight",
+    "Nine",
+    "Ten",
+    "Eleven",
+    "Twelve",
+)
+
+
+@dataclass(frozen=True)
+class MethodShare:
+    """One row of the comparison: a method's mean score and its share of the experts' mean, both in 0..1."""
+
+    method: str
+    label: str
+    settings: Mapping[str, Any]
+    mean: float | None
+    share: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class TreatmentTotal:
+    """How many parameters got one treatment, how many weights they hold, their share of all (0..1)."""
+
+    treatment: str
+    parameters: int
+    weights: int
+    share: float
+
+
+def number(value: float | None) -> str:
+    """Return a fraction as per cent with one decimal and no sign: `0.982` is "98.2"; None is a dash."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction in 0..1 as per cent with its sign: "98.2 %"."""
+    return f"{number(value)} %"
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Return an interval of fractions in per cent, "97.4–99.0", or nothing where there is none."""
+    return "" if interval is None else f"{number(interval[0])}–{number(interval[1])}"
+
+
+def percent_with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    """Return "98.2 % (97.4–99.0)", without the brackets where there is no interval."""
+    return percent(value) + (f" ({interval_text(interval)})" if interval is not None else "")
+
+
+def points(difference: float | None) -> str:
+    """Return a difference of fractions in signed percentage points: `-0.012` is "−1.2"."""
+    if difference is None:
+        return "–"
+    shown = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if shown in ("+0.0", "−0.0") else shown
+
+
+def lambda_text(value: float | None) -> str:
+    """Return a prior strength to two digits; None, which stands for infinity, is "∞ (anchor)"."""
+    return "∞ (anchor)" if value is None else f"{value:.2g}"
+
+
+def method_label(method: str) -> str:
+    """Return the name that the literature uses for a method of merge.json."""
+    return _LABELS.get(method, method)
+
+
+def confidence(document: Document) -> str:
+    """Return the confidence of the intervals as text, "95 %"; it is the recipe's."""
+    value = document.get("recipe", {}).get("evaluation", {}).get("confidence", 0.95)
+    return f"{100 * value:g} %"
+
+
+def tasks(document: Document, split: str = "test") -> dict[str, Mapping[str, Any]]:
+    """Return a split's metrics by task, without the mean, in the document's order."""
+    metrics = document.get("metrics", {}).get(split, {})
+    return {name: entry for name, entry in metrics.items() if name != "mean"}
+
+
+def mean(document: Document, split: str = "test") -> Mapping[str, Any]:
+    """Return a split's mean over the tasks, empty where the document has none."""
+    found: Mapping[str, Any] = document.get("metrics", {}).get(split, {}).get("mean", {})
+    return found
+
+
+def interval_of(entry: Mapping[str, Any], role: str) -> Interval | None:
+    """Return the interval of one role's value in a task's (or the mean's) entry, or None."""
+    found = (entry.get("intervals") or {}).get(role)
+    return None if found is None else (found[0], found[1])
+
+
+def share(document: Document, role: str) -> tuple[float | None, Interval | None]:
+    """Return base's, anchor's or merged's share of the experts' mean on the test split, with its interval."""
+    entry = mean(document)
+    value = (entry.get("share_of_experts") or {}).get(role)
+    return value, interval_of({"intervals": (entry.get("intervals") or {}).get("share_of_experts")}, role)
+
+
+def methods(document: Document) -> list[MethodShare]:
+    """Return the comparison on the test split, best share first; ties stay in the document's order."""
+    rows = []
+    for row in document.get("methods") or []:
+        found = row.get("share_of_experts") or {}
+        if found.get("mean") is None:
+            continue
+        has_interval = found.get("low") is not None and found.get("high") is not None
+        rows.append(
+            MethodShare(
+                method=row["method"],
+                label=method_label(row["method"]),
+                settings=row.get("settings") or {},
+                mean=row.get("mean"),
+                share=found["mean"],
+                interval=(found["low"], found["high"]) if has_interval else None,
+            )
+        )
+    return sorted(rows, key=lambda row: -row.share)
+
+
+def best_anchor(document: Document) -> MethodShare | None:
+    """Return the best method in the comparison that can serve as an anchor, else the anchor of this merge."""
+    for row in methods(document):
+        if row.method not in NOT_AN_ANCHOR:
+            return row
+    value, interval = share(document, "anchor")
+    if value is None:
+        return None
+    name = document.get("anchor", {}).get("method", "anchor")
+    return MethodShare(name, method_label(name), {}, mean(document).get("anchor"), value, interval)
+
+
+def treatments(document: Document) -> list[TreatmentTotal]:
+    """Return the coverage added up by treatment, the known ones first; treatments nobody got are left out."""
+    parameters: dict[str, int] = {}
+    weights: dict[str, int] = {}
+    for entry in document.get("coverage") or []:
+        name = entry["treatment"]
+        parameters[name] = parameters.get(name, 0) + 1
+        weights[name] = weights.get(name, 0) + prod(entry["shape"])
+    total = max(sum(weights.values()), 1)
+    order = [name for name in TREATMENTS if name in weights] + sorted(set(weights) - set(TREATMENTS))
+    return [TreatmentTotal(name, parameters[name], weights[name], weights[name] / total) for name in order]
+
+
+def opening(document: Document) -> str:
+    """Return the sentence that says what the merge achieved on the test split."""
+    count = len(document.get("experts") or []) or len(tasks(document))
+    name = _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+    start = f"{name} expert{'' if count == 1 else 's'} became one model"
+    value, interval = share(document, "merged")
+    if value is None:
+        return f"{start}."
+    only_accuracy = {entry.get("metric") for entry in tasks(document).values()} == {"accuracy"}
+    what = "accuracy" if only_accuracy else "score"
+    sentence = f"{start}: it keeps {percent_with_interval(value, interval)} of their test {what}"
+    anchor = best_anchor(document)
+    if anchor is not None:
+        kept = percent_with_interval(anchor.share, anchor.interval)
+        sentence += f"; the best anchor alone, {anchor.label}, keeps {kept}"
+    base, base_interval = share(document, "base")
+    if base is not None:
+        joint = ", and" if anchor is not None else ";"
+        sentence += (
+            f"{joint} the base model with the experts' heads {percent_with_interval(base, base_interval)}"
+        )
+    return sentence + "."
+
+
+def warnings(document: Document) -> list[str]:
+    """Return what must not be overlooked: merged below its anchor, experts no better than the base."""
+    found = []
+    merged, _ = share(document, "merged")
+    own, _ = share(document, "anchor")
+    best = best_anchor(document)
+    if merged is not None and own is not None and merged < own:
+        found.append(
+            f"On the test split the merged model is below its own anchor: it keeps {percent(merged)} of the "
+            f"experts' mean, the anchor {percent(own)}."
+        )
+    if merged is not None and best is not None and merged < best.share and best.share != own:
+        found.append(
+            f"On the test split the best anchor of the comparison, {best.label}, is above the merged model: "
+            f"{percent(best.share)} against {percent(merged)} of the experts' mean."
+        )
+    for role in ("anchor", "base"):
+        losses = {
+            name: entry[role] - entry["merged"]
+            for name, entry in tasks(document).items()
+            if _both(entry, role, "merged") and entry["merged"] < entry[role]
+        }
+        if losses:
+            listed = _listed([f"{name} ({points(-loss)} points)" for name, loss in losses.items()])
+            plural = "these tasks" if len(losses) > 1 else "this task"
+            found.append(f"The merged model is below the {role} on {plural}: {listed}.")
+    for name, entry in tasks(document).items():
+        if not _both(entry, "expert", "base"):
+            continue
+        values = f"{percent(entry['expert'])} against {percent(entry['base'])}"
+        low = interval_of(entry, "expert")
+        if entry["expert"] <= entry["base"]:
+            found.append(f"The expert {name} does not beat the base with the same head: {values}.")
+        elif low is not None and low[0] <= entry["base"]:
+            found.append(f"The expert {name} does not clearly beat the base with the same head: {values}.")
+    best_trial = best_of_search(document)
+    if best_trial is not None and best_trial.get("origin") == "anchor":
+        found.append("The search found nothing better than the anchor: the merged model is the anchor.")
+    return found
+
+
+def finished_trials(document: Document) -> list[Mapping[str, Any]]:
+    """Return the trials that have an objective, in order of their index."""
+    trials = (document.get("search") or {}).get("trials") or []
+    return sorted((t for t in trials if t.get("objective") is not None), key=lambda trial: trial["index"])
+
+
+def best_of_search(document: Document) -> Mapping[str, Any] | None:
+    """Return the trial that the search chose, as the trials record it, or None."""
+    best = (document.get("search") or {}).get("best") or {}
+    return next((trial for trial in finished_trials(document) if trial["index"] == best.get("index")), None)
+
+
+def _both(entry: Mapping[str, Any], *roles: str) -> bool:
+    return all(entry.get(role) is not None for role in roles)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

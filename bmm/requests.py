@@ -1,0 +1,118 @@
+"""What each stage is asked for, given a recipe, its inputs and the results so far: pure functions, no work.
+
+This is where the recipe is cut into the parts that each stage depends on, so it decides what is computed again when
+something changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bmm.anchors.settings import CheckpointAnchorSettings
+from bmm.recipe import Recipe
+from bmm.sources import Inputs
+from bmm.stages.request import Request, Result
+
+Results = Mapping[str, Result]
+
+
+class Requests:
+    """The requests of one merge.
+
+    Args:
+        recipe: what the user asked for.
+        inputs: what it names, fingerprinted.
+    """
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        self.recipe = recipe
+        self.inputs = inputs
+
+    def build(self, stage: str, results: Results) -> Request:
+        """Return the request of a stage, given the results of the stages before it."""
+        match stage:
+            case "experts":
+                return self._experts()
+            case "task-vectors":
+                return self._request(stage, results, {})
+            case "grams":
+                settings = self.recipe.grams.model_dump(mode="json")
+                where = {"cluster": self.recipe.cluster.model_dump(mode="json")}
+                return self._request(stage, results, {"experts": results["experts"].outputs["experts"]}, settings, where)
+            case "anchor":
+                anchor = self.inputs.anchor
+                given = {"checkpoint": anchor.digest} if anchor else {}
+                where = {"anchor": anchor.to_json() if anchor else None}
+                return self._request(stage, results, given, {"anchor": self._anchor_settings()}, where)
+            case "search":
+                return self._request(stage, results, self._solved_from(results), self._search_settings())
+            case "evaluate":
+                given = {**self._solved_from(results), "search": results["search"].outputs["search"]}
+                evaluation = self.recipe.evaluation.model_dump(mode="json")
+                settings = {
+                    "evaluation": evaluation,
+                    "anchor": self._anchor_settings(),
+                    "batch_size": evaluation["batch_size"],
+                }
+                return self._request(stage, results, given, settings)
+            case "publish":
+                given = {"search": results["search"].outputs["search"], "experts": results["experts"].outputs["experts"]}
+                settings = {"dtype": self.recipe.dtype, "max_shard_size": self.recipe.max_shard_size}
+                return self._request(stage, results, given, settings)
+        raise ValueError(f"there is no stage '{stage}'")
+
+    def _experts(self) -> Request:
+        experts = {
+            expert.name: {"model": expert.model.digest, "task": expert.task, "data": expert.data}
+            for expert in self.inputs.experts
+        }
+        where = {
+            **self._models(),
+            "tasks": [expert.task.model_dump(mode="json") for expert in self.recipe.experts],
+            "folder": str(self.recipe.folder),
+        }
+        return Request("experts", {"base": self.inputs.base.digest, "experts": experts}, {}, where)
+
+    def _request(
+        self,
+        stage: str,
+        results: Results,
+        given: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> Request:
+        models = {
+            "base": self.inputs.base.digest,
+            "models": {expert.name: expert.model.digest for expert in self.inputs.experts},
+            "layout": results["experts"].outputs["layout"],
+        }
+        return Request(stage, {**models, **given}, dict(settings or {}), {**self._models(), **(where or {})})
+
+    def _models(self) -> dict[str, Any]:
+        return {
+            "base": self.inputs.base.to_json(),
+            "experts": [expert.to_json() for expert in self.inputs.experts],
+        }
+
+    def _solved_from(self, results: Results) -> dict[str, Any]:
+        return {
+            "anchor": results["anchor"].outputs["anchor"],
+            "grams": results["grams"].outputs["experts"],
+            "experts": results["experts"].outputs["experts"],
+        }
+
+    def _search_settings(self) -> dict[str, Any]:
+        return {
+            "search": self.recipe.search.model_dump(mode="json"),
+            "regression": self.recipe.regression.model_dump(mode="json"),
+            "minimum_coverage": self.recipe.coverage.minimum,
+            "batch_size": self.recipe.evaluation.batch_size,
+            "dtype": self.recipe.dtype,
+        }
+
+    def _anchor_settings(self) -> dict[str, Any]:
+        anchor = self.recipe.anchor
+        # A checkpoint is known by its digest, which stands among the inputs.
+        hidden = {"path"} if isinstance(anchor, CheckpointAnchorSettings) else set()
+        return anchor.model_dump(mode="json", exclude=hidden)

@@ -1,0 +1,111 @@
+"""What a recipe names, found and fingerprinted: the inputs of a merge, before any work.
+
+From here on nothing is known by its path: stages are keyed by the digests taken here. Reading headers and hashing
+files happens here; opening rows and weights does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmm.anchors.settings import CheckpointAnchorSettings
+from bmm.checkpoint.allowed import check_allowed
+from bmm.checkpoint.folder import check_writable
+from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.resolve import Resolved, resolve
+from bmm.checkpoint.verified import fingerprint
+from bmm.digest import digest_file
+from bmm.errors import RecipeError
+from bmm.evaluation.data import source_files
+from bmm.recipe import ExpertSource, Recipe
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint: where the recipe says it is, where it lies, and the digest of its files."""
+
+    source: str
+    path: str
+    revision: str | None
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model as plain JSON values."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert with its task: `data` holds, for each split, the request and the digests of its files."""
+
+    name: str
+    model: Model
+    task: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the expert as plain JSON values."""
+        return {**vars(self), "model": self.model.to_json()}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a merge starts from."""
+
+    base: Model
+    experts: tuple[Expert, ...]
+    anchor: Model | None
+
+
+def fingerprint_inputs(recipe: Recipe) -> Inputs:
+    """Find everything that the recipe names and take its digests.
+
+    Raises:
+        UserError: something is missing, is not a usable checkpoint, or may not be read; the message names it.
+    """
+    check_output(recipe)
+    base = _model(recipe.base_model, recipe, "base_model")
+    experts = tuple(_expert(expert, recipe) for expert in recipe.experts)
+    anchor = None
+    if isinstance(recipe.anchor, CheckpointAnchorSettings):
+        anchor = _model(recipe.anchor.path, recipe, "anchor.path")
+    return Inputs(base, experts, anchor)
+
+
+def check_output(recipe: Recipe) -> None:
+    """Refuse, early and without leaving anything behind, an output folder that could not be written at the end.
+
+    Raises:
+        UserError: the folder is one of the inputs, is somebody else's, or cannot be written.
+    """
+    output = recipe.resolve(recipe.output)
+    check_allowed(output, "the output folder")
+    named = [("base_model", recipe.base_model), *((f"the expert {e.name}", e.model) for e in recipe.experts)]
+    for what, source in named:
+        taken = recipe.resolve(source)
+        if output == taken or output in taken.parents:
+            raise RecipeError(f"'output': {output} holds {what}; name another folder")
+    check_writable(output)
+
+
+def _model(source: str, recipe: Recipe, where: str) -> Model:
+    resolved: Resolved = resolve(source, recipe.folder, where)
+    with Checkpoint.open(resolved.path) as checkpoint:
+        return Model(source, str(resolved.path), resolved.revision, fingerprint(checkpoint))
+
+
+def _expert(expert: ExpertSource, recipe: Recipe) -> Expert:
+    model = _model(expert.model, recipe, f"the expert {expert.name}")
+    data = {}
+    for split, source in expert.task.splits().items():
+        files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}")
+        for path in files:
+            check_allowed(path, f"the {split} data of the expert {expert.name}")
+        request = source.model_dump(mode="json", exclude={"data_files", "path"} if files else set())
+        # Local rows are known by their bytes, wherever the files lie; rows on a hub by the revision asked for.
+        data[split] = {"builder": Path(source.path).name, **request, "files": [digest_file(path) for path in files]}
+    task = expert.task.model_dump(mode="json", exclude={"calibration", "validation", "test"})
+    return Expert(expert.name, model, task, data)

@@ -1,0 +1,114 @@
+"""Stage 4, anchor: the experts merged by a published method, the prior mean of the regression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from bmm.anchors.registry import build as build_anchor
+from bmm.anchors.settings import AnchorSettings
+from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.tensors import TensorInfo, dtype_name, is_float, torch_dtype
+from bmm.checkpoint.verified import open_verified
+from bmm.checkpoint.writer import MAX_SHARD_BYTES, write_weights
+from bmm.errors import CheckpointError
+from bmm.progress import progress
+from bmm.sources import Model
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import Setup, setup_of
+from bmm.store import Draft, Reference
+from bmm.weights import require_finite
+
+
+
+def anchor(work: Work, request: Request) -> dict[str, Any]:
+    """Merge by the recipe's anchor method: the prior mean of the regression."""
+    setup = setup_of(work, request)
+    explicit = Model(**request.where["anchor"]) if request.where["anchor"] else None
+    said = {**request.settings["anchor"], **({"path": explicit.source} if explicit else {})}
+    settings: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(said)
+    return {"anchor": anchor_artefact(work, setup, settings, explicit).to_json()}
+
+
+def anchor_artefact(work: Work, setup: Setup, settings: AnchorSettings, explicit: Model | None = None) -> Reference:
+    """Return the artefact of one anchor method: float32 weights by canonical name, and each one's treatment."""
+    inputs = {
+        "base": setup.base.digest,
+        "experts": [expert.model.digest for expert in setup.experts],
+        "parameters": [parameter.name for parameter in setup.layout.shared],
+        "linear": [map_.weight for map_ in setup.regressed],
+        "checkpoint": explicit.digest if explicit else None,
+    }
+
+    def make(draft: Draft) -> None:
+        with ExitStack() as stack:
+            weights = stack.enter_context(setup.weights())
+            reader = _explicit_reader(stack, setup, explicit) if explicit else None
+            method = build_anchor(settings, reader)
+            method.prepare(weights)
+            treatments: dict[str, str] = {}
+            with progress(f"merging by {settings.method}", len(weights.names())) as bar:
+
+                def merge(name: str) -> torch.Tensor:
+                    merged = method.merge(name, weights)
+                    treatments[name] = merged.treatment
+                    bar.advance()
+                    return merged.tensor
+
+                write_state(draft.path, setup, merge, dtype="F32")
+            draft.write_json("treatments.json", treatments)
+
+    # A checkpoint is known by its digest: where it lies must not change the key.
+    said = settings.model_dump(mode="json", exclude={"path"})
+    return work.obtain("anchor", inputs, make, settings=said)
+
+
+def _explicit_reader(stack: ExitStack, setup: Setup, model: Model) -> Callable[[str], torch.Tensor]:
+    """Return a reader of the shared parameters in the checkpoint that is to be the anchor."""
+    checkpoint = stack.enter_context(open_verified(Path(model.path), model.digest))
+    keys = encoder_names(checkpoint, setup.layout.prefix)
+    for parameter in setup.layout.shared:
+        if parameter.name not in keys:
+            raise CheckpointError(
+                f"the anchor checkpoint {model.path} lacks the tensor {parameter.name}; name a model of the base's architecture"
+            )
+        shape = checkpoint.info(keys[parameter.name]).shape
+        if shape != parameter.shape:
+            raise CheckpointError(
+                f"the anchor checkpoint {model.path} has {parameter.name} of shape {shape}, the base of shape "
+                f"{parameter.shape}; name a model of the base's architecture"
+            )
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.tensor(keys[name])
+        require_finite(tensor, checkpoint, keys[name])
+        return tensor
+
+    return read
+
+
+def write_state(
+    folder: Path,
+    setup: Setup,
+    get: Callable[[str], torch.Tensor],
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """Write the shared parameters under their canonical names, floating-point ones in `dtype` (None: the base's)."""
+    dtypes = published_dtypes(setup, dtype)
+    infos = [TensorInfo(parameter.name, parameter.shape, dtype_name(dtypes[parameter.name])) for parameter in setup.layout.shared]
+    return write_weights(folder, infos, lambda name: get(name).to(dtypes[name]), max_shard_bytes)
+
+
+def published_dtypes(setup: Setup, dtype: str | None) -> dict[str, torch.dtype]:
+    """Return each shared parameter's dtype: `dtype` (safetensors' word) for floating-point ones, else the base's."""
+    return {
+        parameter.name: torch_dtype(dtype if dtype and is_float(parameter.dtype) else parameter.dtype)
+        for parameter in setup.layout.shared
+    }

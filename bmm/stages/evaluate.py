@@ -1,0 +1,154 @@
+"""Stage 6, evaluate: base, experts, anchor, merged model and every method of comparison, on the test rows, once.
+
+The numbers are made from stored answers by `bmm.evaluation.metrics`; this stage says whose answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from bmm.anchors.settings import AnchorSettings
+from bmm.evaluation.metrics import Method, method_rows, summarise
+from bmm.grams.store import GramReader
+from bmm.prediction import Panel, StoredWeights
+from bmm.progress import progress
+from bmm.recipe import EvaluationSettings
+from bmm.regression.regmean import ALPHA, regmean
+from bmm.stages.anchor import anchor_artefact, write_state
+from bmm.stages.request import Request, Work
+from bmm.stages.search import expert_predictions, panel_of
+from bmm.stages.setup import Setup, setup_of
+from bmm.store import Draft, Reference
+
+Answers = dict[str, dict[str, NDArray[np.bool_]]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that gets a column or a row: its digest, its weights, and what it is called."""
+
+    name: str
+    digest: str
+    state: Callable[[], dict[str, torch.Tensor]]
+
+
+def evaluate(work: Work, request: Request) -> dict[str, Any]:
+    """Measure every model on the test rows, and the four of the main table on the validation rows too."""
+    setup = setup_of(work, request)
+    settings = EvaluationSettings.model_validate(request.settings["evaluation"])
+
+    def make(draft: Draft) -> None:
+        panel = panel_of(work, request, setup)
+        main = [
+            Contender("base", setup.base.digest, lambda: _base_state(setup)),
+            _stored(work, "anchor", Reference.from_json(request.inputs["anchor"])),
+            _stored(work, "merged", Reference.from_json(request.inputs["search"])),
+        ]
+        compared, methods = _compared(work, request, setup, settings)
+        bootstrap: dict[str, Any] = {
+            "samples": settings.bootstrap_samples,
+            "seed": settings.bootstrap_seed,
+            "confidence": settings.confidence,
+        }
+        validation = _answers(setup, panel, main, "validation")
+        test = _answers(setup, panel, [*main, *compared], "test")
+        draft.write_json(
+            "evaluation.json",
+            {
+                "metrics": {"validation": summarise(validation, **bootstrap), "test": summarise(test, **bootstrap)},
+                "methods": method_rows(test, methods, **bootstrap),
+                "bootstrap": bootstrap,
+            },
+        )
+
+    return {"evaluation": work.obtain("evaluation", dict(request.inputs), make, settings=dict(request.settings)).to_json()}
+
+
+def _answers(setup: Setup, panel: Panel, contenders: Sequence[Contender], split: str) -> Answers:
+    answers: Answers = {task: {} for task in panel.tasks}
+    for task, correct in expert_predictions(setup, panel, split).items():
+        answers[task]["expert"] = correct
+    for contender in contenders:
+        found = panel.predictions(contender.digest, contender.state, panel.tasks, split, contender.name)
+        for task, correct in found.items():
+            answers[task][contender.name] = correct
+    return answers
+
+
+def _compared(
+    work: Work, request: Request, setup: Setup, settings: EvaluationSettings
+) -> tuple[list[Contender], list[Method]]:
+    """Return the methods of comparison, each merged now if the store does not have it."""
+    contenders, methods = [], []
+    own = dict(request.settings["anchor"])
+    if own["method"] not in settings.compare or own != _published(own["method"]):
+        methods.append(Method("anchor", f"{own['method']} (the anchor)", _options(own)))
+    for name in settings.compare:
+        if name == "regmean":
+            reference, said = _regmean_artefact(work, request, setup), {"off_diagonal": ALPHA}
+        else:
+            published = _published(name)
+            method: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(published)
+            reference, said = anchor_artefact(work, setup, method), _options(published)
+        contenders.append(_stored(work, name, reference))
+        methods.append(Method(name, name, said))
+    return contenders, methods
+
+
+def _published(method: str) -> dict[str, Any]:
+    """Return a method's settings as its authors published them, which are the defaults."""
+    if method == "checkpoint":
+        return {}
+    settings: AnchorSettings = TypeAdapter(AnchorSettings).validate_python({"method": method})
+    return settings.model_dump(mode="json")
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "method"}
+
+
+def _stored(work: Work, name: str, reference: Reference) -> Contender:
+    return Contender(name, reference.digest, lambda: StoredWeights(work.read(reference)).state())
+
+
+def _base_state(setup: Setup) -> dict[str, torch.Tensor]:
+    with setup.weights() as weights:
+        return {name: weights.base(name) for name in weights.names()}
+
+
+def _regmean_artefact(work: Work, request: Request, setup: Setup) -> Reference:
+    """Return RegMean's weights: linear maps by its closed form, everything else averaged."""
+    inputs = {
+        "base": setup.base.digest,
+        "experts": [expert.model.digest for expert in setup.experts],
+        "grams": [request.inputs["grams"][expert.name]["digest"] for expert in setup.experts],
+        "linear": [map_.weight for map_ in setup.regressed],
+    }
+
+    def make(draft: Draft) -> None:
+        readers = [
+            GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr")) for expert in setup.experts
+        ]
+        group_of = {map_.weight: map_.input_group for map_ in setup.regressed}
+        with setup.weights() as weights, progress("merging by regmean", len(weights.names())) as bar:
+
+            def merge(name: str) -> torch.Tensor:
+                bar.advance()
+                experts = [weights.expert(index, name) for index in range(weights.count)]
+                if not experts[0].is_floating_point():
+                    return weights.base(name)
+                if name not in group_of:
+                    return torch.stack([expert.to(torch.float64) for expert in experts]).mean(0).to(torch.float32)
+                grams = [reader.gram(group_of[name]) for reader in readers]
+                return regmean(experts, grams, where=name).to(torch.float32)
+
+            write_state(draft.path, setup, merge, dtype="F32")
+
+    return work.obtain("regmean", inputs, make, settings={"off_diagonal": ALPHA})

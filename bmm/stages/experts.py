@@ -1,0 +1,114 @@
+"""Stage 1, load experts: checkpoints compared, linear maps found, rows read, checked and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmm.checkpoint.layout import compare
+from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.verified import open_verified
+from bmm.errors import CheckpointError
+from bmm.evaluation.data import check_disjoint, load_split
+from bmm.evaluation.model import TaskModel
+from bmm.modules.linear import discover
+from bmm.prediction import build_model
+from bmm.progress import progress
+from bmm.recipe import TextClassification
+from bmm.sources import Expert, Model
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import expert_from_json, open_all
+from bmm.store import Draft
+
+_PROBE_TOKENS = 8
+
+
+
+def load_experts(work: Work, request: Request) -> dict[str, Any]:
+    """Compare the checkpoints, find the linear maps, and take a copy of every row that will be used.
+
+    Raises:
+        UserError: checkpoints that do not fit together, rows that cannot be used, splits that overlap.
+    """
+    base = Model(**request.where["base"])
+    experts = [expert_from_json(value) for value in request.where["experts"]]
+    with ExitStack() as stack:
+        base_checkpoint = stack.enter_context(open_verified(Path(base.path), base.digest))
+        checkpoints = open_all(stack, experts)
+
+        def make_layout(draft: Draft) -> None:
+            layout = compare(base_checkpoint, checkpoints)
+            draft.write_json("layout.json", layout.to_json())
+            first = experts[0]
+            model = build_model(checkpoints[first.name], first.name, first.task["max_length"], 1)
+            draft.write_json("modules.json", _modules(model))
+
+        digests = {expert.name: expert.model.digest for expert in experts}
+        layout = work.obtain("layout", {"base": base.digest, "experts": digests}, make_layout)
+        references = {}
+        with progress("reading rows", len(experts)) as bar:
+            for expert, source in zip(experts, request.where["tasks"], strict=True):
+                references[expert.name] = _expert_artefact(work, expert, source, request, checkpoints[expert.name])
+                bar.advance()
+    return {"layout": layout.to_json(), "experts": references}
+
+
+def _expert_artefact(
+    work: Work, expert: Expert, source: Mapping[str, Any], request: Request, checkpoint: Checkpoint
+) -> dict[str, str]:
+    task = TextClassification.model_validate(source)
+
+    def make(draft: Draft) -> None:
+        labels = class_names(checkpoint)
+        splits = {
+            name: load_split(split, task, labels, Path(request.where["folder"]), f"the expert {expert.name}, {name}")
+            for name, split in task.splits().items()
+        }
+        check_disjoint(f"the expert {expert.name}", splits)
+        for name, split in splits.items():
+            (draft.path / f"{name}.jsonl").write_text(split.to_jsonl(), encoding="utf-8")
+        draft.write_json(
+            "expert.json",
+            {
+                "labels": list(labels),
+                "license": checkpoint.license,
+                "splits": {name: {"rows": len(split.rows), "digest": split.digest} for name, split in splits.items()},
+            },
+        )
+
+    inputs = {"model": expert.model.digest, "task": expert.task, "data": expert.data}
+    return work.obtain("expert", inputs, make).to_json()
+
+
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return an expert's class names in the order of their ids.
+
+    Raises:
+        CheckpointError: the ids in config.json are not 0, 1, 2, …
+    """
+    config = checkpoint.config
+    named = config.get("id2label") or {str(index): f"LABEL_{index}" for index in range(config.get("num_labels") or 2)}
+    try:
+        names = {int(index): str(name) for index, name in named.items()}
+    except (AttributeError, ValueError):
+        names = {}
+    if sorted(names) != list(range(len(names))) or not names:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: id2label must name the classes 0, 1, 2, …; correct it")
+    return tuple(names[index] for index in range(len(names)))
+
+
+def _modules(model: TaskModel) -> dict[str, Any]:
+    tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
+    maps = discover(model.encoder, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    embeddings = [
+        f"{name}.weight" for name, module in model.encoder.named_modules() if isinstance(module, torch.nn.Embedding)
+    ]
+    return {
+        "maps": [map_.to_json() for map_ in maps],
+        "embeddings": sorted(embeddings),
+        "architecture": type(model.encoder).__name__,
+    }

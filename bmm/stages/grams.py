@@ -1,0 +1,126 @@
+"""The Gram stage: which experts and shards are missing, who computes them, what is kept.
+
+Between the shards (`bmm.grams.shards`), the cluster (`bmm.grams.cluster`) and the store. No worker starts unless a
+shard is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bmm.grams import store as gram_store
+from bmm.grams.cluster import run_all, workers
+from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
+from bmm.prediction import read_split
+from bmm.progress import progress
+from bmm.recipe import ClusterSettings
+from bmm.sources import Expert
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import setup_of
+from bmm.store import Draft, Reference, artefact_key
+
+GRAM_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GramJob:
+    """One expert's Gram matrices: what they are made from, and the shards that they are the sum of."""
+
+    expert: str
+    inputs: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    shards: tuple[ShardRequest, ...]
+
+    @property
+    def key(self) -> str:
+        """Key of the `grams` artefact."""
+        return artefact_key("grams", GRAM_VERSION, self.inputs, self.settings)
+
+
+def plan_job(
+    work: Work, expert: Expert, data: Reference, groups: Sequence[str], shard_rows: int, batch_size: int
+) -> GramJob:
+    """Describe one expert's Grams; they depend on that expert, its calibration rows and the settings alone."""
+    split = read_split(work.read(data), "calibration")
+    whole = ShardRequest(
+        expert_digest=expert.model.digest,
+        split_digest=split.digest,
+        start=0,
+        stop=len(split.rows),
+        max_length=expert.task["max_length"],
+        batch_size=batch_size,
+        groups=tuple(groups),
+        store=str(work.store.root),
+        expert_path=expert.model.path,
+        data=data.to_json(),
+    )
+    inputs = {"expert": expert.model.digest, "calibration": split.digest}
+    settings = {
+        "source": "activations",
+        "max_length": whole.max_length,
+        "shard_rows": shard_rows,
+        "batch_size": batch_size,
+        "groups": list(groups),
+    }
+    return GramJob(expert.name, inputs, settings, tuple(shards_of(whole, len(split.rows), shard_rows)))
+
+
+def compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> dict[str, Reference]:
+    """Return every job's `grams` artefact, computing the shards that no earlier run has finished."""
+    fresh = work.store.fresh
+    wanted = [job for job in jobs if fresh or work.store.find("grams", job.key) is None]
+    missing = [
+        shard
+        for job in wanted
+        for shard in job.shards
+        if fresh or work.store.find("gram-shard", shard.key()) is None
+    ]
+    if fresh:
+        for shard in missing:
+            work.store.discard("gram-shard", shard.key())
+    if missing:
+        with progress("collecting Gram matrices", len(missing)) as bar, workers(cluster) as client:
+            run_all(client, compute_shard, [vars(shard) for shard in missing], bar)
+    return {job.expert: _sum(work, job) for job in jobs}
+
+
+def _sum(work: Work, job: GramJob) -> Reference:
+    def make(draft: Draft) -> None:
+        # Through `obtain`, so that a shard damaged since it was computed is made again rather than believed.
+        shards = [work.read(Reference.from_json(compute_shard(dict(vars(shard))))) for shard in job.shards]
+        groups = job.settings["groups"]
+        provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
+        gram_store.write(draft.path / "grams.zarr", reduce(shards, groups), provenance)
+
+    reference = work.obtain("grams", job.inputs, make, settings=job.settings, version=GRAM_VERSION)
+    # The shards are summed and the sum is durable: they have done their work.
+    for shard in job.shards:
+        work.store.discard("gram-shard", shard.key())
+    return reference
+
+
+
+
+def grams(work: Work, request: Request) -> dict[str, Any]:
+    """Collect every expert's Gram matrices over its own calibration rows.
+
+    Raises:
+        ClusterError: the Dask workers failed for good.
+    """
+    setup = setup_of(work, request)
+    groups = list(dict.fromkeys(map_.input_group for map_ in setup.maps))
+    jobs = [
+        plan_job(
+            work,
+            expert,
+            Reference.from_json(request.inputs["experts"][expert.name]),
+            groups,
+            request.settings["shard_rows"],
+            request.settings["batch_size"],
+        )
+        for expert in setup.experts
+    ]
+    made = compute(work, jobs, ClusterSettings.model_validate(request.where["cluster"]))
+    return {"experts": {name: reference.to_json() for name, reference in made.items()}}

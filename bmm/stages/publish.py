@@ -1,0 +1,99 @@
+"""Stage 7, publish: the merged model as an ordinary Hugging Face folder, inside the store.
+
+Weights, configuration, tokenizer and one head a task. Putting it where the user wants it, with the card and the
+report, is `bmm.publication`: that is an effect on somebody's disk and happens on every run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.tensors import TensorInfo, dtype_name
+from bmm.checkpoint.verified import open_verified
+from bmm.checkpoint.writer import write_weights
+from bmm.prediction import StoredWeights, head_tensors
+from bmm.stages.anchor import published_dtypes
+from bmm.stages.request import Request, Work
+from bmm.stages.search import DTYPES
+from bmm.stages.setup import Setup, setup_of
+from bmm.store import Draft, Reference
+
+_UNITS = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+_BINARY_UNITS = {"kiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+# What a configuration says of labels and heads; the merged encoder has neither.
+_HEAD_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "finetuning_task")
+
+
+def publish(work: Work, request: Request) -> dict[str, Any]:
+    """Put the merged model together as a folder that `AutoModel.from_pretrained` loads."""
+    setup = setup_of(work, request)
+
+    def make(draft: Draft) -> None:
+        with ExitStack() as stack:
+            base = stack.enter_context(open_verified(Path(setup.base.path), setup.base.digest))
+            _write_weights(work, request, setup, base, draft.path)
+            architecture = work.read(request.inputs["layout"]).read_json("modules.json")["architecture"]
+            dtype = request.settings["dtype"]
+            draft.write_json("config.json", _config(base.config, architecture, dtype))
+            _copy_tokenizer(base, Path(setup.experts[0].model.path), draft.path)
+            (draft.path / "heads").mkdir()
+            for expert in setup.experts:
+                checkpoint = stack.enter_context(open_verified(Path(expert.model.path), expert.model.digest))
+                head = head_tensors(checkpoint, setup.layout, expert.name)
+                # One entry only: safetensors writes several in a random order.
+                metadata = {"config": json.dumps(checkpoint.config, sort_keys=True)}
+                save_file(head, draft.path / "heads" / f"{expert.name}.safetensors", metadata=metadata)
+
+    inputs = {**request.inputs, "base": setup.base.digest}
+    return {"model": work.obtain("model", inputs, make, settings=dict(request.settings)).to_json()}
+
+
+def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint, folder: Path) -> None:
+    merged = StoredWeights(work.read(Reference.from_json(request.inputs["search"])))
+    dtypes = published_dtypes(setup, DTYPES[request.settings["dtype"]])
+    shapes = {parameter.name: parameter.shape for parameter in setup.layout.shared}
+    infos = [TensorInfo(name, shape, dtype_name(dtypes[name])) for name, shape in shapes.items()]
+    # An encoder weight that no expert has (a pooler that their heads do without) stays the base's.
+    unused = {
+        name: key
+        for name, key in encoder_names(base, setup.layout.prefix).items()
+        if key in setup.layout.dropped and base.info(key).is_float
+    }
+    infos += [TensorInfo(name, base.info(key).shape, base.info(key).dtype) for name, key in unused.items()]
+    infos.sort(key=lambda info: info.name)
+    limit = parse_bytes(request.settings["max_shard_size"])
+    write_weights(folder, infos, lambda name: base.tensor(unused[name]) if name in unused else merged(name), limit)
+
+
+def _config(config: dict[str, Any], architecture: str, dtype: str) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in _HEAD_KEYS and not name.startswith("_")}
+    if dtype != "base":
+        kept.pop("torch_dtype", None)
+        kept["dtype"] = dtype
+    return {**kept, "architectures": [architecture]}
+
+
+def _copy_tokenizer(base: Checkpoint, fallback: Path, folder: Path) -> None:
+    """Copy the base's tokenizer; where it has none, the first expert's."""
+    files = [path for path in base.support_files if path.name != "config.json"]
+    if not files:
+        with Checkpoint.open(fallback) as expert:
+            files = [path for path in expert.support_files if path.name != "config.json"]
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def parse_bytes(text: str) -> int:
+    """Return a size such as `2GiB` or `500 MB` in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
+    assert match is not None  # noqa: S101 - the recipe's pattern has let it through
+    return int(float(match.group(1)) * {**_UNITS, **_BINARY_UNITS}[match.group(2)])

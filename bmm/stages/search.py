@@ -1,0 +1,182 @@
+"""Stage 5, search: the posterior's hyperparameters, chosen on the validation rows.
+
+Puts together the assembly of weights, the panel of tasks and the durable study; the best trial's weights are written
+here, in the dtype in which they will be published, so that what is tested later is what was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bmm.assembly import Assembler
+from bmm.errors import CheckpointError
+from bmm.evaluation.metrics import accuracy, mean_ratio_to_expert
+from bmm.grams.store import GramReader
+from bmm.prediction import Panel, StoredWeights
+from bmm.progress import progress
+from bmm.recipe import SearchSettings
+from bmm.search.run import Outcome, search
+from bmm.search.space import ModulePlace, Setting, Space, groups_of
+from bmm.search.study import Study, Trial
+from bmm.stages.anchor import published_dtypes, write_state
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import Setup, setup_of
+from bmm.store import Draft
+from bmm.weights import ExpertWeights
+
+DTYPES = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The recipe's words for a dtype, in safetensors' words; None is each parameter's own dtype in the base."""
+
+
+def run_search(work: Work, request: Request) -> dict[str, Any]:
+    """Search `λ` and `γ` per module group, and write the best model's encoder.
+
+    Raises:
+        CheckpointError: fewer of the weights can be regressed than the recipe demands.
+    """
+    setup = setup_of(work, request)
+    settings = SearchSettings.model_validate(request.settings["search"])
+    check_coverage(setup, request.settings["minimum_coverage"])
+
+    def make(draft: Draft) -> None:
+        _search(work, request, setup, settings, draft)
+
+    return {"search": work.obtain("search", dict(request.inputs), make, settings=dict(request.settings)).to_json()}
+
+
+def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings, draft: Draft) -> None:
+    anchor = work.read(request.inputs["anchor"])
+    anchored = StoredWeights(anchor)
+    panel = panel_of(work, request, setup)
+    readers = [
+        GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr")) for expert in setup.experts
+    ]
+    places = [ModulePlace(map_.module, map_.type, map_.layer) for map_ in setup.regressed]
+    groups = groups_of(places, settings.per)
+    space = Space(tuple(dict.fromkeys(groups.values())), settings.log10_lambda, settings.gamma)
+    expert_accuracy = {
+        expert: accuracy(correct)
+        for expert, correct in expert_predictions(setup, panel, "validation").items()
+    }
+    with setup.weights() as weights:
+        assembler = Assembler(setup.regressed, weights, anchored, lambda index, group: readers[index].gram(group))
+        dtype = DTYPES[request.settings["dtype"]]
+        dtypes = published_dtypes(setup, dtype)
+        rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
+
+        def evaluate(chosen: Mapping[str, Setting]) -> Outcome:
+            regressed = assembler.weights({module: chosen[group] for module, group in groups.items()})
+            state = {**rest, **{name: tensor.to(dtypes[name]) for name, tensor in regressed.items()}}
+            found = {task: accuracy(correct) for task, correct in panel.evaluate(state, "validation").items()}
+            return Outcome(mean_ratio_to_expert(found, expert_accuracy), found)
+
+        identity = {"inputs": dict(request.inputs), "settings": dict(request.settings)}
+        draft.progress.mkdir(parents=True, exist_ok=True)
+        study = Study.open(draft.progress / "trials.jsonl", identity)
+        best = search(space, evaluate, study, settings.trials, settings.seed)
+        _write_best(draft, setup, assembler, weights, anchor.read_json("treatments.json"), groups, best, rest, dtype)
+        _write_trials(draft, study, best, settings, expert_accuracy)
+
+
+def _write_best(
+    draft: Draft,
+    setup: Setup,
+    assembler: Assembler,
+    weights: ExpertWeights,
+    treatments: Mapping[str, str],
+    groups: Mapping[str, str],
+    best: Trial,
+    rest: Mapping[str, torch.Tensor],
+    dtype: str | None,
+) -> None:
+    """Write the best trial's encoder, and for every parameter how it came about."""
+    by_weight = {map_.weight: map_ for map_ in setup.regressed}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def get(name: str) -> torch.Tensor:
+        map_ = by_weight.get(name)
+        entry = {"parameter": name, "shape": list(weights.parameter(name).shape), "module": None}
+        entry |= {"treatment": treatments[name], "lambda": None, "gamma": None, "condition": None}
+        tensor = rest[name]
+        if map_ is not None:
+            group = groups[map_.module]
+            setting = best.settings[group]
+            entry["module"] = group
+            if math.isinf(setting.lam) and setting.gamma == 1.0:
+                entry["treatment"] = "anchored"
+            else:
+                solved = assembler.solve(map_.module, setting)
+                tensor = solved.weight
+                entry |= {"treatment": "regressed", "gamma": setting.gamma, "condition": solved.condition}
+                entry["lambda"] = None if math.isinf(setting.lam) else setting.lam
+        entries[name] = entry
+        bar.advance()
+        return tensor
+
+    with progress("writing the merged encoder", len(rest)) as bar:
+        write_state(draft.path, setup, get, dtype=dtype)
+    draft.write_json("coverage.json", [entries[name] for name in sorted(entries)])
+
+
+def _write_trials(
+    draft: Draft, study: Study, best: Trial, settings: SearchSettings, expert_accuracy: Mapping[str, float]
+) -> None:
+    document = {
+        "per": settings.per,
+        "objective": settings.objective,
+        "seed": settings.seed,
+        "expert": dict(expert_accuracy),
+        "trials": [trial.to_json() for trial in study.trials],
+        "best": {
+            "index": best.index,
+            "objective": best.objective,
+            "settings": {group: setting.to_json() for group, setting in best.settings.items()},
+        },
+    }
+    draft.write_json("search.json", document)
+
+
+def check_coverage(setup: Setup, minimum: float) -> None:
+    """Refuse a merge that would regress too small a share of the encoder's matrix weights (embeddings apart).
+
+    Raises:
+        CheckpointError: naming the largest matrix that would be missed.
+    """
+    regressed = {map_.weight for map_ in setup.regressed}
+    matrices = {
+        parameter.name: math.prod(parameter.shape)
+        for parameter in setup.layout.shared
+        if len(parameter.shape) >= 2 and parameter.name not in setup.embeddings  # noqa: PLR2004
+    }
+    reached = sum(size for name, size in matrices.items() if name in regressed)
+    total = sum(matrices.values())
+    if total == 0 or reached / total < minimum:
+        missed = max((name for name in matrices if name not in regressed), key=lambda name: matrices[name], default="none")
+        raise CheckpointError(
+            f"only {reached} of {total} matrix weights of this architecture are linear maps that can be regressed "
+            f"(largest missed: {missed}); lower coverage.minimum to merge the rest by the anchor alone"
+        )
+
+
+def panel_of(work: Work, request: Request, setup: Setup) -> Panel:
+    """Return the panel of the merge's tasks, with the rows that the first stage kept."""
+    artefacts = {expert.name: work.read(request.inputs["experts"][expert.name]) for expert in setup.experts}
+    return Panel(work, setup.experts, artefacts, setup.layout, request.settings["batch_size"])
+
+
+def expert_predictions(setup: Setup, panel: Panel, split: str) -> dict[str, Any]:
+    """Return, for each task, which rows its own expert answers right."""
+    found = {}
+    with setup.weights() as weights:
+        for index, expert in enumerate(setup.experts):
+
+            def state(index: int = index) -> dict[str, torch.Tensor]:
+                return {name: weights.expert(index, name) for name in weights.names()}
+
+            answers = panel.predictions(expert.model.digest, state, [expert.name], split, f"expert {expert.name}")
+            found[expert.name] = answers[expert.name]
+    return found

@@ -1,0 +1,86 @@
+"""The weights of base and experts under their canonical names, one tensor at a time.
+
+Sits between checkpoints (stored names, stored dtypes) and the methods (canonical names, float32). Nothing is kept
+in memory here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from bmm.checkpoint.layout import Layout, SharedParameter
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError
+
+
+class ExpertWeights:
+    """Base and experts, side by side; experts are counted in the order of `experts`.
+
+    Args:
+        base: the base checkpoint.
+        experts: the experts by name, in the recipe's order.
+        layout: which stored tensor is which shared parameter.
+        linear: canonical names of the linear maps' weights.
+    """
+
+    def __init__(
+        self, base: Checkpoint, experts: Mapping[str, Checkpoint], layout: Layout, linear: Collection[str]
+    ) -> None:
+        self._base = base
+        self._experts = dict(experts)
+        self._order = tuple(experts)
+        self._shared = {parameter.name: parameter for parameter in layout.shared}
+        self._linear = frozenset(linear)
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return len(self._order)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the canonical names of the shared parameters."""
+        return tuple(self._shared)
+
+    def parameter(self, name: str) -> SharedParameter:
+        """Return what the layout says of a parameter."""
+        return self._shared[name]
+
+    def is_linear(self, name: str) -> bool:
+        """Say whether a parameter is the weight of a linear map."""
+        return name in self._linear
+
+    def base(self, name: str) -> torch.Tensor:
+        """Return the base's tensor in its stored dtype."""
+        return self._base.tensor(self._shared[name].base_key)
+
+    def expert(self, index: int, name: str) -> torch.Tensor:
+        """Return one expert's tensor in its stored dtype."""
+        expert = self._order[index]
+        return self._experts[expert].tensor(self._shared[name].expert_keys[expert])
+
+    def check_finite(self, index: int, name: str) -> None:
+        """Refuse a tensor of an expert with NaN or infinite entries.
+
+        Raises:
+            CheckpointError: naming the expert's folder and the tensor.
+        """
+        expert = self._order[index]
+        require_finite(self.expert(index, name), self._experts[expert], self._shared[name].expert_keys[expert])
+
+
+def require_finite(tensor: torch.Tensor, checkpoint: Checkpoint, stored_name: str) -> None:
+    """Refuse a tensor with NaN or infinite entries.
+
+    Raises:
+        CheckpointError: naming the checkpoint's folder, the tensor and how many entries are bad.
+    """
+    if not tensor.is_floating_point():
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tensor {stored_name} has {bad} NaN or infinite entries; "
+            "train or export this model again"
+        )

@@ -1,0 +1,1 @@
+"""The demo zoo: base model and text sets from registry packages, experts fine-tuned from them, a recipe."""

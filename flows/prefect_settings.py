@@ -1,0 +1,36 @@
+"""What Prefect must be told before it is imported: no outside traffic, patience at start, quiet on the terminal.
+
+Everything is a default: a variable that the user has set stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+_DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    # 20 seconds, Prefect's own default, is too short on a busy machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_LEVEL": "INFO",
+}
+
+
+def set_defaults() -> None:
+    """Set Prefect's environment; call it before anything imports prefect."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def quiet_console() -> None:
+    """Keep Prefect's log off the terminal; its server gets every line all the same."""
+    import prefect.logging.handlers as handlers
+
+    names = ["prefect", *(name for name in logging.root.manager.loggerDict if name.startswith("prefect"))]
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, handlers.PrefectConsoleHandler):
+                handler.setLevel(logging.CRITICAL + 1)

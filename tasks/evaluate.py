@@ -1,0 +1,27 @@
+"""The evaluate stage as a Prefect task, with its tables on the run's page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.artifacts import create_table_artifact
+
+from bmm.stages.request import Result
+from bmm.store import Store
+from tasks.stage import stage_task
+
+
+def _show(store: Store, result: Result) -> None:
+    found = store.read(result.reference("evaluation")).read_json("evaluation.json")
+    tasks: list[dict[str, Any]] = [
+        {"task": task, **{name: entry[name] for name in ("base", "expert", "anchor", "merged")}}
+        for task, entry in found["metrics"]["test"].items()
+    ]
+    create_table_artifact(tasks, key="bmm-test-accuracy", description="Accuracy on the test rows")
+    methods = [
+        {"method": row["method"], **row["share_of_experts"], "mean accuracy": row["mean"]} for row in found["methods"]
+    ]
+    create_table_artifact(methods, key="bmm-methods", description="Share of the experts' mean test accuracy")
+
+
+evaluate = stage_task("evaluate", "Measure base, experts, anchors and merged model on the test rows, once.", after=_show)

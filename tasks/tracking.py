@@ -1,0 +1,188 @@
+"""The MLflow record of a merge: a parent run, a child for each trial, made from the finished artefacts.
+
+Logged after the fact and found again by the model's digest, so that a repeated merge adds nothing, and a merge whose
+tracker could not be reached is logged by the next run of the same recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from bmm.disk import explained
+from bmm.pipeline import Merge
+from bmm.progress import progress
+from bmm.report.figures import figures, png
+from bmm.store import Store
+
+_MODEL_TAG = "bmm.model_digest"
+_RECIPE_TAG = "bmm.recipe_digest"
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Where MLflow keeps a merge; `uri` has no credentials in it."""
+
+    run_id: str
+    experiment: str
+    uri: str
+
+
+def tracking_uri(store: Store) -> str:
+    """Return `MLFLOW_TRACKING_URI`, else a sqlite file inside the store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root / 'mlflow' / 'mlflow.db'}"
+
+
+def track(store: Store, merge: Merge) -> Tracked:
+    """Log a finished merge to MLflow, unless it is logged already.
+
+    Raises:
+        mlflow.exceptions.MlflowException: the tracking server refuses or cannot be reached.
+    """
+    # A server that does not answer must not hold up a night's work for the hours of MLflow's own default.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    document = merge.document
+    uri = tracking_uri(store)
+    local = uri.startswith("sqlite:")
+    if local:
+        with explained(store.root):
+            (store.root / "mlflow").mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(uri)
+    name = document["recipe"]["tracking"]["experiment"]
+    experiment = _experiment(client, name, (store.root / "mlflow" / "artifacts").as_uri() if local else None)
+    digest = merge.results["publish"].reference("model").digest
+    tags = {_MODEL_TAG: digest, _RECIPE_TAG: document["recipe_digest"]}
+    query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+    for run in client.search_runs([experiment], query):
+        if run.info.status == "FINISHED":
+            return Tracked(run.info.run_id, name, without_credentials(uri))
+        # A run that was killed while it was being written: its successor tells the whole story.
+        client.delete_run(run.info.run_id)
+    run_id = _log(client, experiment, merge, tags)
+    return Tracked(run_id, name, without_credentials(uri))
+
+
+def without_credentials(uri: str) -> str:
+    """Return a URI without user name and password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # Another merge may make it at the same moment; then it is there, and the error says nothing of interest.
+        with suppress(MlflowException):
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
+
+
+def _log(client: Any, experiment: str, merge: Merge, tags: Mapping[str, str]) -> str:
+    from mlflow.entities import Metric, Param, RunTag
+
+    document = merge.document
+    now = int(time.time() * 1000)
+    trials = document["search"]["trials"]
+    lineage = {f"bmm.expert.{expert['name']}": expert["digest"] for expert in document["experts"]}
+    parent = client.create_run(
+        experiment,
+        run_name=merge.output.name,
+        tags={**tags, "bmm.base": document["base"]["digest"], **lineage},
+    ).info.run_id
+    metrics = [Metric(name, value, now, 0) for name, value in _metrics(document).items()]
+    metrics += [
+        Metric("search.objective", trial["objective"], now, trial["index"])
+        for trial in trials
+        if trial["objective"] is not None
+    ]
+    parameters = [Param(name, str(value)[:500]) for name, value in sorted(_flat(_settings(document)).items())]
+    client.log_batch(parent, metrics=metrics, params=parameters[:200])
+    with progress("logging to MLflow", len(trials) + 1) as bar:
+        for trial in trials:
+            child = client.create_run(
+                experiment, run_name=f"trial {trial['index']}", tags={"mlflow.parentRunId": parent}
+            ).info.run_id
+            measured = {f"validation.{task}": value for task, value in trial["tasks"].items()}
+            if trial["objective"] is not None:
+                measured["objective"] = trial["objective"]
+            chosen = {
+                f"{what}.{group}": "inf" if value is None else value
+                for group, setting in trial["settings"].items()
+                for what, value in setting.items()
+            }
+            client.log_batch(
+                child,
+                metrics=[Metric(name, value, now, trial["index"]) for name, value in measured.items()],
+                params=[Param(_plain(name), str(value)) for name, value in chosen.items()][:200],
+                tags=[RunTag("bmm.origin", trial["origin"]), RunTag("bmm.state", trial["state"])],
+            )
+            client.set_terminated(child, "FINISHED" if trial["state"] == "complete" else "FAILED")
+            bar.advance()
+        _log_artifacts(client, parent, merge)
+        bar.advance()
+    client.set_terminated(parent, "FINISHED")
+    return str(parent)
+
+
+def _log_artifacts(client: Any, run_id: str, merge: Merge) -> None:
+    document = merge.document
+    with tempfile.TemporaryDirectory(prefix="bmm-mlflow-") as folder:
+        for name in figures(document):
+            (Path(folder) / f"{name}.png").write_bytes(png(name, document))
+        client.log_artifacts(run_id, folder, "figures")
+    client.log_text(run_id, yaml.safe_dump(document["recipe"], sort_keys=False, allow_unicode=True), "recipe.yaml")
+    lineage = {key: document[key] for key in ("recipe_digest", "base", "experts", "anchor", "data", "environment")}
+    client.log_dict(run_id, lineage, "lineage.json")
+    client.log_artifact(run_id, str(merge.output / "merge.json"))
+    client.log_artifact(run_id, str(merge.output / "report.html"))
+    client.log_artifacts(run_id, str(merge.output), "model")
+
+
+def _metrics(document: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for split, tasks in document["metrics"].items():
+        for task, entry in tasks.items():
+            for role in ("base", "expert", "anchor", "merged"):
+                found[_plain(f"{split}.{task}.{role}")] = entry[role]
+        for role, value in tasks["mean"]["share_of_experts"].items():
+            found[f"{split}.share_of_experts.{role}"] = value
+    return found
+
+
+def _settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = document["recipe"]
+    parts = ("base_model", "anchor", "grams", "regression", "search", "dtype", "output")
+    return {**{part: recipe[part] for part in parts}, "experts": [expert["name"] for expert in document["experts"]]}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, part in value.items()
+        for name, leaf in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _plain(name: str) -> str:
+    # MLflow's names allow no other characters.
+    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+
+from bmm.checkpoint.architecture import encoder_names, encoder_prefix, missing_parameters
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError
+
+PICO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "roberta": ("roberta", {}),
+    "xlm-roberta": ("roberta", {}),
+    "electra": ("electra", {}),
+    "deberta-v2": ("deberta", {}),
+    "distilbert": ("distilbert", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}),
+    "t5": ("transformer", {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}),
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_saved_classifier_has_its_prefix_and_lacks_nothing(model_type: str, tmp_path: Path) -> None:
+    prefix, settings = FAMILIES[model_type]
+    config = CONFIG_MAPPING[model_type](**{**({} if settings else PICO), "vocab_size": 100, **settings})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert encoder_prefix(checkpoint.config) == prefix
+    assert missing_parameters(checkpoint) == []
+    encoder = encoder_names(checkpoint, prefix)
+    assert all(stored == f"{prefix}.{name}" for name, stored in encoder.items())
+    assert 0 < len(encoder) < len(checkpoint.names())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({}, "model_type"), ({"model_type": "nobody"}, "'nobody'"), ({"model_type": "vit"}, "'vit'")],
+)
+def test_an_architecture_without_a_classifier_is_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        encoder_prefix(config)
+
+
+def test_what_the_file_lacks_is_listed_and_no_random_number_is_drawn(save, edit_weights) -> None:
+    folder = save("m")
+    lost = ["bert.encoder.layer.1.output.dense.bias", "bert.pooler.dense.weight", "classifier.weight"]
+    edit_weights(folder, lambda tensors: [tensors.pop(name) for name in lost])
+    before = torch.get_rng_state()
+    assert missing_parameters(Checkpoint.open(folder)) == lost
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_bare_encoder_lacks_the_head(save) -> None:
+    assert missing_parameters(Checkpoint.open(save("m", "encoder"))) == [
+        "classifier.bias",
+        "classifier.weight",
+    ]
+
+
+def test_an_impossible_config_is_refused(save, edit_json) -> None:
+    folder = save("m")
+    edit_json(folder / "config.json", lambda value: value.update(num_attention_heads=3))
+    with pytest.raises(CheckpointError, match=r"config\.json does not describe a model"):
+        missing_parameters(Checkpoint.open(folder))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from bmm.checkpoint.layout import Layout, compare
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError
+
+
+def layout(base: Path, **experts: Path) -> Layout:
+    return compare(Checkpoint.open(base), {name: Checkpoint.open(folder) for name, folder in experts.items()})
+
+
+def refused(base: Path, *words: str, **experts: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        layout(base, **experts)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder", "masked"])
+def test_base_and_experts_share_the_encoder(save, kind: str) -> None:
+    base, news, mail = save("base", kind), save("news", num_labels=3), save("mail", num_labels=5, seed=1)
+    found = layout(base, news=news, mail=mail)
+    checkpoint = Checkpoint.open(base)
+    wanted = {
+        name.removeprefix("bert."): parameter
+        for name, parameter in AutoModelForSequenceClassification.from_pretrained(news).named_parameters()
+        if name.startswith("bert.")
+    }
+    has_pooler = kind != "masked"
+    assert {parameter.name for parameter in found.shared} == set(wanted) - (set() if has_pooler else POOLER)
+    assert [parameter.name for parameter in found.shared] == sorted(
+        parameter.name for parameter in found.shared
+    )
+    for parameter in found.shared:
+        assert (
+            parameter.shape
+            == tuple(wanted[parameter.name].shape)
+            == checkpoint.info(parameter.base_key).shape
+        )
+        assert parameter.expert_keys == {"news": f"bert.{parameter.name}", "mail": f"bert.{parameter.name}"}
+        assert parameter.base_key == ("" if kind == "encoder" else "bert.") + parameter.name
+        assert parameter.info == checkpoint.info(parameter.base_key).__class__(
+            parameter.name, parameter.shape, "F32"
+        )
+    head = {"classifier.weight", "classifier.bias"} | (
+        set() if has_pooler else {f"bert.{name}" for name in POOLER}
+    )
+    assert found.heads == {expert: {name: name for name in head} for expert in ("news", "mail")}
+    used = {parameter.base_key for parameter in found.shared}
+    assert found.dropped == tuple(sorted(set(checkpoint.names()) - used))
+    assert any(name.startswith("cls.") for name in found.dropped) == (kind == "masked")
+
+
+def test_the_head_and_the_shared_parameters_are_the_whole_classifier(save) -> None:
+    news = save("news")
+    found = layout(save("base", "masked"), news=news, mail=save("mail"))
+    state = {f"bert.{parameter.name}" for parameter in found.shared} | set(found.heads["news"])
+    model = AutoModelForSequenceClassification.from_pretrained(news)
+    assert state == {name for name, _ in model.named_parameters()}
+
+
+def test_a_layout_survives_json(save) -> None:
+    found = layout(
+        save("base", "roberta"),
+        news=save("news", "roberta"),
+        mail=save("mail", "roberta", dtype=torch.float16),
+    )
+    assert found.prefix == "roberta"
+    assert Layout.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_floats_of_another_precision_are_recorded(save) -> None:
+    found = layout(save("base", "encoder"), news=save("news", dtype=torch.bfloat16), mail=save("mail"))
+    assert {parameter.dtype for parameter in found.shared} == {"F32"}
+    assert all(parameter.expert_dtypes == {"news": "BF16", "mail": "F32"} for parameter in found.shared)
+
+
+def test_base_parameters_that_no_expert_has_are_dropped(save, edit_weights) -> None:
+    base, news, mail = save("base", "encoder"), save("news"), save("mail")
+    assert layout(base, news=news, mail=mail).dropped == ()
+    edit_weights(base, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}))
+    assert layout(base, news=news, mail=mail).dropped == ("extra.weight",)
+
+
+def test_integer_buffers_count_only_where_all_have_them(save, edit_weights) -> None:
+    base, news, mail = save("base", "encoder"), save("news"), save("mail")
+    plain = layout(base, news=news, mail=mail)
+    positions = torch.arange(40)[None]
+    edit_weights(base, lambda tensors: tensors.update({"embeddings.position_ids": positions}))
+    edit_weights(news, lambda tensors: tensors.update({"bert.embeddings.position_ids": positions}))
+    assert layout(base, news=news, mail=mail) == plain
+    edit_weights(mail, lambda tensors: tensors.update({"bert.embeddings.position_ids": positions}))
+    found = layout(base, news=news, mail=mail)
+    assert {p.name: p.dtype for p in found.shared if p.dtype != "F32"} == {"embeddings.position_ids": "I64"}
+
+
+def test_another_architecture_is_refused(save) -> None:
+    refused(
+        save("base"),
+        "expert 'news' is a roberta, the base a bert",
+        news=save("news", "roberta"),
+        mail=save("mail"),
+    )
+
+
+def test_a_base_without_a_classifier_is_refused(save, edit_json) -> None:
+    base = save("base")
+    edit_json(base / "config.json", lambda value: value.update(model_type="vit"))
+    refused(base, str(base), "'vit'", news=save("news"), mail=save("mail"))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads"])
+def test_settings_that_shapes_do_not_show_are_compared(save, key: str) -> None:
+    other = save("mail", **{key: 4})
+    refused(save("base"), "expert 'mail'", f"'{key}' 4", "base 2", news=save("news"), mail=other)
+
+
+def test_another_vocabulary_is_refused_with_both_sizes(save) -> None:
+    refused(
+        save("base"),
+        *(
+            "expert 'mail'",
+            "vocabulary of 120",
+            "one of 100",
+            "word_embeddings.weight",
+            "(120, 16)",
+            "(100, 16)",
+        ),
+        news=save("news"),
+        mail=save("mail", vocab_size=120),
+    )
+
+
+def test_another_shape_is_refused_with_both_shapes(save) -> None:
+    refused(
+        save("base"), "expert 'mail'", "intermediate.dense", "(64", "(32",
+        news=save("news"), mail=save("mail", intermediate_size=64),
+    )  # fmt: skip
+
+
+def test_one_tensor_of_another_shape_is_named(save, edit_weights) -> None:
+    name = "encoder.layer.1.attention.self.query.weight"
+    mail = save("mail")
+    edit_weights(mail, lambda tensors: tensors.update({f"bert.{name}": torch.zeros(16, 8)}))
+    refused(save("base"), "expert 'mail'", f"'{name}'", "(16, 8)", "(16, 16)", news=save("news"), mail=mail)
+
+
+def test_a_tensor_that_one_expert_lacks_is_named(save, edit_weights) -> None:
+    name = "encoder.layer.1.attention.self.query.weight"
+    mail = save("mail")
+    edit_weights(mail, lambda tensors: tensors.pop(f"bert.{name}"))
+    refused(save("base"), "expert 'mail' lacks", f"'{name}'", "'news'", news=save("news"), mail=mail)
+
+
+def test_a_tensor_that_all_experts_lack_is_named(save, edit_weights) -> None:
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    experts = {"news": save("news"), "mail": save("mail")}
+    for folder in experts.values():
+        edit_weights(folder, lambda tensors: tensors.pop(name))
+    refused(save("base"), "expert 'news'", f"'{name}'", "lacks the parameter", **experts)
+
+
+def test_a_tensor_that_only_one_expert_has_is_named(save, edit_weights) -> None:
+    mail = save("mail")
+    edit_weights(mail, lambda tensors: tensors.update({"bert.adapter.weight": torch.zeros(2)}))
+    refused(save("base"), "expert 'mail' has", "'adapter.weight'", "'news'", news=save("news"), mail=mail)
+
+
+def test_integers_for_floats_are_refused(save, edit_weights) -> None:
+    name = "encoder.layer.1.attention.self.query.weight"
+    mail = save("mail")
+    edit_weights(
+        mail, lambda tensors: tensors.update({f"bert.{name}": tensors[f"bert.{name}"].to(torch.int8)})
+    )
+    refused(save("base"), "expert 'mail'", f"'{name}'", "I8", "F32", news=save("news"), mail=mail)
+
+
+def test_an_expert_without_a_head_is_refused(save) -> None:
+    refused(
+        save("base"),
+        "expert 'mail'",
+        "'classifier.bias' and 1 more",
+        news=save("news"),
+        mail=save("mail", "encoder"),
+    )
+
+
+def test_an_expert_that_shares_nothing_is_refused(save, edit_weights) -> None:
+    mail = save("mail")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"other.{name}"] = tensors.pop(name)
+
+    edit_weights(mail, rename)
+    refused(save("base"), "expert 'mail'", str(mail), "shares no parameter", news=save("news"), mail=mail)

@@ -1,0 +1,229 @@
+"""Shares and intervals against closed forms."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+import bmm.evaluation.metrics as metrics
+from bmm.errors import BMMError
+from bmm.evaluation.metrics import (
+    Bootstrap,
+    Interval,
+    Method,
+    accuracy,
+    correct_rows,
+    mean_ratio_to_expert,
+    method_rows,
+    share_of_experts,
+    summarise,
+)
+
+SETTINGS: dict[str, Any] = {"samples": 500, "seed": 0, "confidence": 0.95}
+MODELS = ("base", "expert", "anchor", "merged")
+
+
+def made(right: int, rows: int) -> NDArray[np.bool_]:
+    return np.arange(rows) < right
+
+
+@st.composite
+def tables(draw: st.DrawFn, models: tuple[str, ...] = MODELS) -> dict[str, dict[str, NDArray[np.bool_]]]:
+    result = {}
+    for task in range(draw(st.integers(1, 3))):
+        rows = draw(st.integers(4, 60))
+        generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+        shares = {model: draw(st.floats(0.2, 1)) for model in models}
+        result[f"task {task}"] = {model: generator.random(rows) < share for model, share in shares.items()}
+        result[f"task {task}"]["expert"][0] = True
+    return result
+
+
+def test_correct_rows_take_arrays_and_tensors() -> None:
+    logits = [[1.0, 2.0, 0.0], [3.0, 3.0, 1.0], [0.0, 0.0, 1.0]]
+    for given_as in (np.array(logits), torch.tensor(logits)):
+        assert correct_rows(given_as, [1, 1, 2]).tolist() == [True, False, True]
+    with pytest.raises(BMMError, match=r"logits of shape \(3, 3\) do not belong to 2 labels"):
+        correct_rows(np.array(logits), [0, 1])
+
+
+def test_the_two_shares_differ() -> None:
+    expert, model = {"a": 0.8, "b": 0.4}, {"a": 0.8, "b": 0.2}
+    assert share_of_experts(model, expert) == pytest.approx(1.0 / 1.2)
+    assert mean_ratio_to_expert(model, expert) == pytest.approx((1 + 0.5) / 2)
+
+
+def test_experts_of_accuracy_zero() -> None:
+    assert share_of_experts({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}) == 1.0
+    with pytest.raises(BMMError, match="the expert of a has accuracy 0"):
+        mean_ratio_to_expert({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0})
+    with pytest.raises(BMMError, match="the experts' mean accuracy is 0"):
+        share_of_experts({"a": 0.5}, {"a": 0.0})
+    with pytest.raises(BMMError, match="the experts' mean accuracy is 0"):
+        summarise({"a": {**dict.fromkeys(MODELS, made(2, 4)), "expert": made(0, 4)}}, **SETTINGS)
+
+
+def test_resamples_without_a_right_expert_are_left_out() -> None:
+    interval = Bootstrap({"a": {"expert": made(1, 3), "merged": made(2, 3)}}, **SETTINGS).share_of_experts(
+        "merged"
+    )
+    # A resample of three rows in which the expert is right once or more makes the share 1, 3/2, 2 or 3.
+    assert 1 <= interval.low <= interval.high <= 3
+
+
+@settings(deadline=None, max_examples=25)
+@given(tables())
+def test_intervals_contain_the_point_estimates(correct: dict[str, dict[str, NDArray[np.bool_]]]) -> None:
+    bootstrap = Bootstrap(correct, **SETTINGS)
+    exact = {model: {task: accuracy(arrays[model]) for task, arrays in correct.items()} for model in MODELS}
+    for model in MODELS:
+        for task, value in exact[model].items():
+            interval = bootstrap.accuracy(task, model)
+            assert interval.low <= value <= interval.high
+        mean = bootstrap.mean(model)
+        assert mean.low <= np.mean(list(exact[model].values())) <= mean.high
+        share = bootstrap.share_of_experts(model)
+        assert share.low <= share_of_experts(exact[model], exact["expert"]) + 1e-12
+        assert share.high >= share_of_experts(exact[model], exact["expert"]) - 1e-12
+
+
+@pytest.mark.parametrize("rows", [400, 1000])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_intervals_agree_with_the_normal_approximation(rows: int, share: float, confidence: float) -> None:
+    bootstrap = Bootstrap(
+        {"a": {"m": made(int(share * rows), rows)}}, samples=4000, seed=1, confidence=confidence
+    )
+    half = norm.ppf((1 + confidence) / 2) * np.sqrt(share * (1 - share) / rows)
+    interval = bootstrap.accuracy("a", "m")
+    assert interval.low == pytest.approx(share - half, abs=0.12 * half)
+    assert interval.high == pytest.approx(share + half, abs=0.12 * half)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(5)
+    covered = 0
+    for seed in range(120):
+        correct = {"a": {"m": generator.random(150) < 0.7}}
+        interval = Bootstrap(correct, samples=400, seed=seed, confidence=0.9).accuracy("a", "m")
+        covered += interval.low <= 0.7 <= interval.high
+    # 120 draws at 0.9 have a standard deviation of 0.027.
+    assert 0.9 - 3 * 0.027 <= covered / 120 <= 0.9 + 3 * 0.027
+
+
+def test_all_correct_leaves_nothing_to_doubt() -> None:
+    correct = {task: dict.fromkeys(MODELS, made(7, 7)) for task in ("a", "b")}
+    summary = summarise(correct, **SETTINGS)
+    assert summary["a"]["intervals"]["merged"] == [1.0, 1.0]
+    assert summary["mean"]["intervals"]["share_of_experts"]["merged"] == [1.0, 1.0]
+
+
+@settings(deadline=None, max_examples=15)
+@given(tables())
+def test_differences_are_paired(correct: dict[str, dict[str, NDArray[np.bool_]]]) -> None:
+    correct = {task: {**models, "twin": models["merged"].copy()} for task, models in correct.items()}
+    bootstrap = Bootstrap(correct, **SETTINGS)
+    assert bootstrap.difference("merged", "twin") == Interval(0.0, 0.0)
+    for task in correct:
+        assert bootstrap.difference("merged", "twin", task) == Interval(0.0, 0.0)
+        there, back = (
+            bootstrap.difference(*pair, task) for pair in (("merged", "anchor"), ("anchor", "merged"))
+        )
+        assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+
+
+def test_pairing_narrows_the_difference_to_the_rows_that_differ() -> None:
+    rows = 1000
+    merged, anchor = made(700, rows), made(680, rows)
+    interval = Bootstrap({"a": {"merged": merged, "anchor": anchor}}, **SETTINGS).difference(
+        "merged", "anchor", "a"
+    )
+    half = 1.96 * np.sqrt(0.02 * 0.98 / rows)
+    assert interval.low == pytest.approx(0.02 - half, abs=0.3 * half)
+    assert interval.high == pytest.approx(0.02 + half, abs=0.3 * half)
+
+
+def test_other_models_tasks_and_piece_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"a": {"m": made(30, 50)}}
+    more = {"b": {"x": made(2, 5), "m": made(1, 5)}, "a": {"x": made(9, 50), "m": made(30, 50)}}
+    alone = Bootstrap(one, **SETTINGS)
+    monkeypatch.setattr(metrics, "_COUNTS_BYTES", 8 * 50 * 7)
+    beside = Bootstrap(more, **SETTINGS)
+    assert alone.accuracy("a", "m") == beside.accuracy("a", "m")
+    assert alone.accuracy("a", "m") != Bootstrap(one, **{**SETTINGS, "seed": 1}).accuracy("a", "m")
+
+
+def test_the_summary_is_the_metrics_part_of_merge_json() -> None:
+    correct = {
+        "a": {
+            "base": made(5, 10),
+            "expert": made(9, 10),
+            "anchor": made(7, 10),
+            "merged": made(8, 10),
+            "ta": made(6, 10),
+        },
+        "b": {
+            "base": made(1, 4),
+            "expert": made(4, 4),
+            "anchor": made(2, 4),
+            "merged": made(3, 4),
+            "ta": made(3, 4),
+        },
+    }
+    summary = json.loads(json.dumps(summarise(correct, **SETTINGS), allow_nan=False))
+    assert set(summary) == {"a", "b", "mean"}
+    assert {key: value for key, value in summary["a"].items() if key != "intervals"} == {
+        "metric": "accuracy", "rows": 10, "base": 0.5, "expert": 0.9, "anchor": 0.7, "merged": 0.8,
+    }  # fmt: skip
+    assert set(summary["a"]["intervals"]) == set(MODELS)
+    assert all(low < high for low, high in list(summary["a"]["intervals"].values()))
+    mean = summary["mean"]
+    assert set(mean) == {*MODELS, "share_of_experts", "intervals"}
+    assert mean["merged"] == pytest.approx(0.775)
+    assert mean["share_of_experts"] == pytest.approx(
+        {"base": 0.375 / 0.95, "anchor": 0.6 / 0.95, "merged": 0.775 / 0.95}
+    )
+    assert set(mean["intervals"]["share_of_experts"]) == {"base", "anchor", "merged"}
+
+    rows = method_rows(
+        correct, [Method("ta", "ta", {"scale": 0.3}), Method("anchor", "tsv", {"scale": 1.0})], **SETTINGS
+    )
+    assert [row["method"] for row in rows] == ["base", "experts", "ta", "tsv", "merged"]
+    assert [row["settings"] for row in rows] == [{}, {}, {"scale": 0.3}, {"scale": 1.0}, {}]
+    assert rows[1]["share_of_experts"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert rows[2]["tasks"] == {"a": 0.6, "b": 0.75}
+    assert rows[2]["mean"] == pytest.approx(0.675)
+    assert rows[4]["share_of_experts"]["mean"] == mean["share_of_experts"]["merged"]
+    assert [rows[4]["share_of_experts"][end] for end in ("low", "high")] == mean["intervals"][
+        "share_of_experts"
+    ]["merged"]
+
+
+@pytest.mark.parametrize(
+    ("correct", "message"),
+    [
+        ({}, "there is no task"),
+        ({"mean": dict.fromkeys(MODELS, made(1, 2))}, "a task cannot be called 'mean'"),
+        ({"a": dict.fromkeys(MODELS[:3], made(1, 2))}, "the task a has no result of the model 'merged'"),
+        (
+            {"a": {**dict.fromkeys(MODELS, made(1, 2)), "base": made(1, 3)}},
+            "of the task a were not run over the same rows",
+        ),
+        ({"a": dict.fromkeys(MODELS, made(0, 0))}, "of the task a were not run over the same rows"),
+        (
+            {"a": dict.fromkeys(MODELS, np.ones(3))},
+            "the result of 'base' on the task a is not an array of booleans",
+        ),
+    ],
+)
+def test_arrays_that_cannot_be_summarised(correct: Any, message: str) -> None:
+    with pytest.raises(BMMError, match=message):
+        summarise(correct, **SETTINGS)

@@ -1,0 +1,206 @@
+"""Proposals: near the best trial, reproducible from the log, and never a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from bmm.errors import BMMError
+from bmm.search.propose import (
+    FAILURES_TO_SHRINK,
+    FIRST_LENGTH,
+    LARGEST_LENGTH,
+    SMALLEST_LENGTH,
+    SUCCESSES_TO_GROW,
+    initial_design,
+    propose,
+    sobol_points,
+    trial_seed,
+    trust_region,
+)
+from bmm.search.space import Point, Space
+from bmm.search.study import Origin, Trial
+
+SPACE = Space(("attention", "mlp"), (-4.0, 2.0), (0.5, 1.5))
+
+
+def a_trial(space: Space, index: int, origin: Origin, point: Point, objective: float | None) -> Trial:
+    return Trial(
+        index=index,
+        origin=origin,
+        settings=space.decode(point),
+        objective=objective,
+        tasks={},
+        point=point,
+        state="failed" if objective is None else "complete",
+        reason=None if objective is not None else "diverged",
+        seed=index,
+    )
+
+
+def a_history(space: Space = SPACE, count: int = 14, seed: int = 0) -> list[Trial]:
+    """The initial design, the Sobol points and some Bayesian ones, best near the cube's centre."""
+    draw = random.Random(seed)  # noqa: S311
+    points = [(origin, point) for origin, point, _ in initial_design(space, 24)]
+    while len(points) < count:
+        origin: Origin = "sobol" if len(points) < 8 + sobol_points(space) else "bayesian"
+        points.append((origin, tuple(draw.random() for _ in range(space.dimensions))))
+    return [
+        a_trial(space, index, origin, point, -sum((value - 0.5) ** 2 for value in point))
+        for index, (origin, point) in enumerate(points)
+    ]
+
+
+@pytest.mark.parametrize(("trials", "line"), [(1, 0), (2, 1), (4, 2), (10, 5), (23, 6), (24, 7), (200, 7)])
+def test_the_design_is_the_anchor_and_then_the_global_line(trials: int, line: int) -> None:
+    design = initial_design(SPACE, trials)
+    assert [origin for origin, _, _ in design] == ["anchor"] + ["global"] * line
+    assert design[0][2] == SPACE.anchor()
+    assert all(SPACE.decode(point) == settings for _, point, settings in design)
+    assert all(len({setting.lam for setting in settings.values()}) == 1 for _, _, settings in design)
+
+
+def test_sobol_points_lie_in_the_box_around_the_best() -> None:
+    history = a_history(count=8)
+    region = trust_region(history)
+    seen = set()
+    for index in range(8, 8 + sobol_points(SPACE)):
+        origin, point = propose(SPACE, history, 0, index)
+        assert origin == "sobol"
+        assert all(
+            low <= value <= high for low, value, high in zip(region.lower, point, region.upper, strict=True)
+        )
+        seen.add(point)
+        history.append(a_trial(SPACE, index, origin, point, -9.0))
+    assert len(seen) == sobol_points(SPACE)
+    assert propose(SPACE, history, 0, len(history))[0] == "bayesian"
+
+
+@pytest.mark.parametrize("noise", [None, 1e-4])
+def test_a_proposal_depends_on_the_logged_history_alone(noise: float | None) -> None:
+    history = a_history()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = propose(SPACE, history, 5, 14, noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        reread = [Trial.from_json(json.loads(json.dumps(trial.to_json()))) for trial in history]
+        assert propose(SPACE, reread, 5, 14, noise) == first
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    region = trust_region(history)
+    assert first[0] == "bayesian"
+    assert all(
+        low <= value <= high for low, value, high in zip(region.lower, first[1], region.upper, strict=True)
+    )
+
+
+def test_seed_and_index_tell_draws_apart() -> None:
+    history = a_history(count=8)
+    assert propose(SPACE, history, 0, 8) != propose(SPACE, history, 1, 8)
+    seeds = {trial_seed(seed, index) for seed in range(5) for index in range(5)}
+    assert len(seeds) == 25
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_the_box_stays_in_the_cube_with_its_full_length() -> None:
+    history = [a_trial(SPACE, 0, "anchor", SPACE.anchor_point(), 1.0)]
+    region = trust_region(history)
+    assert region.length == FIRST_LENGTH
+    assert region.lower == pytest.approx((0.6, 0.3, 0.6, 0.3))
+    assert region.upper == pytest.approx((1.0, 0.7, 1.0, 0.7))
+
+
+def test_the_box_grows_with_successes_and_shrinks_with_failures() -> None:
+    history = [a_trial(SPACE, 0, "anchor", SPACE.anchor_point(), 0.0)]
+
+    def after(objectives: list[float | None]) -> float:
+        for objective in objectives:
+            history.append(a_trial(SPACE, len(history), "bayesian", (0.5,) * 4, objective))
+        return trust_region(history).length
+
+    assert after([1.0, 2.0][:SUCCESSES_TO_GROW]) == LARGEST_LENGTH
+    assert after([3.0, 4.0]) == LARGEST_LENGTH
+    assert after([4.0, None] + [0.0] * (FAILURES_TO_SHRINK - 3)) == LARGEST_LENGTH
+    assert after([0.0]) == LARGEST_LENGTH / 2
+    lengths = [after([0.0] * FAILURES_TO_SHRINK) for _ in range(6)]
+    assert min(lengths) >= SMALLEST_LENGTH
+    assert lengths[:4] == pytest.approx([0.2, 0.1, 0.05, FIRST_LENGTH])
+
+
+def test_without_a_complete_trial_there_is_nothing_to_search_around() -> None:
+    with pytest.raises(BMMError, match="no trial"):
+        propose(SPACE, [a_trial(SPACE, 0, "anchor", SPACE.anchor_point(), None)], 0, 1)
+
+
+@pytest.mark.parametrize("failure", ["not positive definite", "fit", "nan"])
+def test_a_numerical_failure_falls_back_to_a_seeded_draw(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import botorch.fit
+    import botorch.optim
+    from botorch.exceptions import ModelFittingError
+    from linear_operator.utils.errors import NotPSDError
+
+    attempts = []
+
+    def fail(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        attempts.append(failure)
+        match failure:
+            case "not positive definite":
+                raise NotPSDError("not positive definite")
+            case "fit":
+                raise ModelFittingError("all attempts failed")
+        return torch.full((1, SPACE.dimensions), math.nan, dtype=torch.float64), torch.tensor(0.0)
+
+    if failure == "nan":
+        monkeypatch.setattr(botorch.optim, "optimize_acqf", fail)
+    else:
+        monkeypatch.setattr(botorch.fit, "fit_gpytorch_mll", fail)
+    origin, point = propose(SPACE, a_history(), 3, 14)
+    assert origin == "sobol"
+    assert len(attempts) == 2
+    assert propose(SPACE, a_history(), 3, 14) == ("sobol", point)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_numerical_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    import botorch.fit
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(botorch.fit, "fit_gpytorch_mll", fail)
+    with pytest.raises(TypeError):
+        propose(SPACE, a_history(), 3, 14)
+
+
+@pytest.mark.parametrize("kind", ["constant", "failed", "huge", "repeated"])
+def test_awkward_histories_still_give_a_point(kind: str) -> None:
+    history = a_history()
+    match kind:
+        case "constant":
+            history = [a_trial(SPACE, t.index, t.origin, t.point, 0.5) for t in history]
+        case "failed":
+            history = history[:1] + [a_trial(SPACE, t.index, t.origin, t.point, None) for t in history[1:]]
+        case "huge":
+            history = [a_trial(SPACE, t.index, t.origin, t.point, 1e12 * (t.index % 3)) for t in history]
+        case _:
+            history += [a_trial(SPACE, 14 + i, "bayesian", history[5].point, 0.1) for i in range(6)]
+    _, point = propose(SPACE, history, 0, len(history))
+    assert SPACE.decode(point) not in [trial.settings for trial in history]
+
+
+def test_a_space_of_one_group_a_module_is_searched_too() -> None:
+    space = Space(tuple(f"layer.{number}" for number in range(36)), (-4.0, 2.0), (0.5, 1.5))
+    history = a_history(space, 16)
+    origin, point = propose(space, history, 0, 16)
+    assert origin == "bayesian"
+    assert set(space.decode(point)) == set(space.groups)

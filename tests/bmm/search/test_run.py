@@ -1,0 +1,285 @@
+"""The loop: resumes to the same study, never below the anchor, better than its first design.
+
+Run as a script, `test_run.py LOG MARKER K`, this file is the search that gets killed: after K evaluations
+the process stops for good within the next one and says so in MARKER.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from bmm.errors import BMMError, ClusterError, DataError
+from bmm.progress import reporting
+from bmm.search.run import Outcome, search
+from bmm.search.space import Setting, Space
+from bmm.search.study import Study
+
+SPACE = Space(("attention", "mlp-in", "mlp-out"), (-4.0, 2.0), (0.5, 1.5))
+OPTIMUM = {"attention": (-1.0, 1.1), "mlp-in": (0.3, 0.9), "mlp-out": (-0.2, 1.2)}
+IDENTITY = {"seed": 0}
+TRIALS = 16
+
+
+def measure(settings: Mapping[str, Setting]) -> Outcome:
+    """A smooth bump over six dimensions with its top, 1, at OPTIMUM."""
+    cost = {}
+    for group, (exponent, gamma) in OPTIMUM.items():
+        lam = min(settings[group].lam, 100.0)
+        cost[group] = 0.02 * (math.log10(lam) - exponent) ** 2 + (settings[group].gamma - gamma) ** 2
+    tasks = {group: math.exp(-value) for group, value in cost.items()}
+    return Outcome(math.exp(-sum(cost.values())), tasks)
+
+
+class Counted:
+    """`measure`, with what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Setting]] = []
+
+    def __call__(self, settings: Mapping[str, Setting]) -> Outcome:
+        self.asked.append(dict(settings))
+        return measure(settings)
+
+
+def a_study(folder: Path, name: str = "study.jsonl") -> Study:
+    return Study.open(folder / name, IDENTITY)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    study = a_study(tmp_path_factory.mktemp("uninterrupted"))
+    search(SPACE, measure, study, TRIALS, seed=0)
+    return study
+
+
+def test_the_trials_come_in_their_order(uninterrupted: Study) -> None:
+    origins = [trial.origin for trial in uninterrupted.trials]
+    assert origins == ["anchor"] + ["global"] * 6 + ["sobol"] * 3 + ["bayesian"] * 6
+    assert uninterrupted.trials[0].settings == SPACE.anchor()
+    for trial in uninterrupted.trials:
+        assert trial.settings == SPACE.decode(trial.point)
+        assert (trial.objective, trial.tasks) == (
+            measure(trial.settings).objective,
+            measure(trial.settings).tasks,
+        )
+
+
+def killed_search(log: Path, marker: Path, evaluation: int) -> None:
+    """Search in a process of its own until evaluation number `evaluation`, and SIGKILL it there."""
+    process = subprocess.Popen([sys.executable, __file__, str(log), str(marker), str(evaluation)])
+    try:
+        deadline = time.monotonic() + 240
+        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None
+        assert marker.exists()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_search_killed_twice_ends_like_an_uninterrupted_one(tmp_path: Path, uninterrupted: Study) -> None:
+    log = tmp_path / "study.jsonl"
+    killed_search(log, tmp_path / "first", 4)
+    assert len(a_study(tmp_path).trials) == 4
+    killed_search(log, tmp_path / "second", 8)
+    # A write that the kill tore: the line's beginning is on disk, its end is not.
+    with log.open("ab") as handle:
+        handle.write(b'{"checksum":"00')
+    study = a_study(tmp_path)
+    assert len(study.trials) == 12
+    counted = Counted()
+    best = search(SPACE, counted, study, TRIALS, seed=0)
+    assert len(counted.asked) == TRIALS - 12
+    assert best == uninterrupted.best
+    assert log.read_bytes() == uninterrupted.path.read_bytes()
+
+
+def test_a_finished_study_is_not_evaluated_again(uninterrupted: Study) -> None:
+    counted = Counted()
+    again = Study.open(uninterrupted.path, IDENTITY)
+    assert search(SPACE, counted, again, TRIALS, seed=0) == uninterrupted.best
+    shorter = search(SPACE, counted, again, 9, seed=0)
+    assert counted.asked == []
+    assert shorter == max(uninterrupted.trials[:9], key=lambda trial: trial.objective or 0)
+
+
+def test_another_seed_makes_other_trials(tmp_path: Path, uninterrupted: Study) -> None:
+    study = a_study(tmp_path)
+    search(SPACE, measure, study, TRIALS, seed=1)
+    settings = [trial.settings for trial in study.trials]
+    same = [trial.settings for trial in uninterrupted.trials]
+    assert settings[:7] == same[:7]
+    assert all(one != other for one, other in zip(settings[7:], same[7:], strict=True))
+    with pytest.raises(BMMError, match="another seed"):
+        search(SPACE, measure, study, TRIALS, seed=0)
+
+
+def test_trials_of_other_groups_are_refused(tmp_path: Path) -> None:
+    study = a_study(tmp_path)
+    search(SPACE, measure, study, 1, seed=0)
+    other = Space(("model",), (-4.0, 2.0), (0.5, 1.5))
+    with pytest.raises(BMMError, match="other module groups"):
+        search(other, measure, study, 2, seed=0)
+
+
+@pytest.mark.slow
+def test_bayesian_trials_beat_the_first_design(tmp_path: Path) -> None:
+    study = a_study(tmp_path)
+    best = search(SPACE, measure, study, 24, seed=0)
+    first = max(trial.objective or 0.0 for trial in study.trials if trial.origin != "bayesian")
+    assert best.origin == "bayesian"
+    assert best.objective is not None
+    # Less than a third of the first design's distance to the top, 1, is left.
+    assert 1 - best.objective < (1 - first) / 3
+
+
+def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None:
+    calls = Counted()
+
+    def fragile(settings: Mapping[str, Setting]) -> Outcome:
+        outcome = calls(settings)
+        match len(calls.asked):
+            case 2:
+                raise ClusterError("a worker was lost")
+            case 3:
+                raise FloatingPointError("overflow in a product")
+            case 9:
+                return Outcome(math.nan, {})
+            case 10:
+                return Outcome(0.99, {"news": math.inf})
+        return outcome
+
+    study = a_study(tmp_path)
+    best = search(SPACE, fragile, study, 12, seed=0)
+    failed = {trial.index: trial.reason for trial in study.trials if trial.state == "failed"}
+    assert failed == {
+        1: "ClusterError: a worker was lost",
+        2: "FloatingPointError: overflow in a product",
+        8: "the objective or a task's metric is not finite",
+        9: "the objective or a task's metric is not finite",
+    }
+    assert all(study.trials[index].objective is None for index in failed)
+    assert best.state == "complete"
+    assert len(a_study(tmp_path).trials) == 12
+
+
+def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
+    study = a_study(tmp_path)
+    search(SPACE, measure, study, 2, seed=0)
+    for error in (DataError("the split is empty"), KeyError("bug")):
+
+        def broken(settings: Mapping[str, Setting], error: Exception = error) -> Outcome:
+            raise error
+
+        with pytest.raises(type(error)):
+            search(SPACE, broken, study, 4, seed=0)
+    assert len(a_study(tmp_path).trials) == 2
+
+
+@pytest.mark.parametrize("outcome", [ClusterError("no worker left"), Outcome(math.nan, {})])
+def test_without_the_anchor_there_is_no_search(tmp_path: Path, outcome: Exception | Outcome) -> None:
+    def broken(settings: Mapping[str, Setting]) -> Outcome:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    study = a_study(tmp_path)
+    with pytest.raises(BMMError, match="anchor could not be evaluated"):
+        search(SPACE, broken, study, 5, seed=0)
+    # The fault may have been the machine's: the next run tries again.
+    assert search(SPACE, measure, study, 1, seed=0).index == 0
+
+
+def test_the_result_is_never_below_the_anchor(tmp_path: Path) -> None:
+    def only_the_anchor(settings: Mapping[str, Setting]) -> Outcome:
+        return Outcome(float(all(math.isinf(setting.lam) for setting in settings.values())), {})
+
+    assert search(SPACE, only_the_anchor, a_study(tmp_path), 11, seed=0).settings == SPACE.anchor()
+
+
+def test_equal_objectives_go_to_the_earliest(tmp_path: Path) -> None:
+    best = search(SPACE, lambda _: Outcome(0.5, {}), a_study(tmp_path), 11, seed=0)
+    assert best.index == 0
+
+
+def test_identical_settings_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    middle = SPACE.global_line(1)[0]
+    monkeypatch.setattr("bmm.search.run.propose", lambda *_: ("sobol", middle))
+    counted = Counted()
+    study = a_study(tmp_path)
+    search(SPACE, counted, study, 6, seed=0)
+    assert len(counted.asked) == 4  # the anchor, the line's three, of which one is the middle
+    assert study.trials[2].settings == study.trials[4].settings == study.trials[5].settings
+    assert study.trials[4].objective == study.trials[2].objective
+    assert study.trials[4].tasks == study.trials[2].tasks
+
+
+def test_no_trials_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BMMError, match="at least one trial"):
+        search(SPACE, measure, a_study(tmp_path), 0, seed=0)
+
+
+def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path) -> None:
+    class Recorder:
+        """One bar that remembers what it was told."""
+
+        def __init__(self) -> None:
+            self.steps, self.texts, self.total = 0.0, [""], 0.0
+
+        def start(self, text: str, total: float) -> Recorder:
+            self.texts, self.total = [text], total
+            return self
+
+        def finish(self, bar: object) -> None:
+            assert bar is self
+
+        def advance(self, steps: float = 1.0) -> None:
+            self.steps += steps
+
+        def describe(self, text: str) -> None:
+            self.texts.append(text)
+
+    search(SPACE, measure, a_study(tmp_path), 2, seed=0)
+    recorder = Recorder()
+    context: AbstractContextManager[None] = reporting(recorder)
+    with context:
+        best = search(SPACE, measure, a_study(tmp_path), 4, seed=0)
+    assert (recorder.texts[0], recorder.steps, recorder.total) == ("searching", 4, 4)
+    assert recorder.texts[-1] == f"searching, best {best.objective:.4f} at trial {best.index}"
+
+
+def test_importing_the_search_does_not_import_torch() -> None:
+    code = "import sys, bmm.search.run; sys.exit('torch' in sys.modules or 'botorch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _stuck_search(log: str, marker: str, evaluation: str) -> None:
+    count = 0
+
+    def stuck(settings: Mapping[str, Setting]) -> Outcome:
+        nonlocal count
+        if count == int(evaluation):
+            Path(marker).touch()
+            while True:
+                time.sleep(60)
+        count += 1
+        return measure(settings)
+
+    search(SPACE, stuck, Study.open(log, IDENTITY), TRIALS, seed=0)
+
+
+if __name__ == "__main__":
+    _stuck_search(*sys.argv[1:])
