@@ -84,7 +84,7 @@ def run_stages(
             for stage in stages:
                 results[stage] = execute(store, requests.build(stage, results))
         except ArtefactDamagedError:
-            if attempt == 2:  # noqa: PLR2004
+            if attempt == 2:
                 raise
             continue
         break

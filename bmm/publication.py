@@ -15,6 +15,8 @@ from typing import Any
 from bmm.checkpoint.folder import replacing
 from bmm.digest import digest_file
 from bmm.disk import explained
+from bmm.document import SCHEMA
+from bmm.errors import OutputError
 from bmm.report.card import model_card
 from bmm.report.page import report_page
 from bmm.store import MANIFEST, Artefact
@@ -31,20 +33,43 @@ def export(artefact: Artefact, document: Mapping[str, Any], output: Path) -> Non
     Raises:
         OutputError: the folder cannot be written, or is somebody else's.
     """
-    told = {
+    if _holds(output, artefact):
+        rewrite_report(output, document)
+        return
+    with replacing(output) as folder, explained(output):
+        shutil.copytree(artefact.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        for name, text in _told(document).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_document(output: Path) -> dict[str, Any]:
+    """Return the document of an output folder.
+
+    Raises:
+        OutputError: the folder holds no readable merge.json.
+    """
+    try:
+        document = json.loads((output / "merge.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        document = None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise OutputError(f"{output} holds no readable merge.json; name the output folder of a finished merge")
+    return document
+
+
+def rewrite_report(output: Path, document: Mapping[str, Any]) -> None:
+    """Write report and card of an output folder anew from its document."""
+    with explained(output):
+        for name, text in _told(document).items():
+            _replace_file(output / name, text)
+
+
+def _told(document: Mapping[str, Any]) -> dict[str, str]:
+    return {
         "merge.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": report_page(document),
         "README.md": model_card(document),
     }
-    if _holds(output, artefact):
-        with explained(output):
-            for name, text in told.items():
-                _replace_file(output / name, text)
-        return
-    with replacing(output) as folder, explained(output):
-        shutil.copytree(artefact.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        for name, text in told.items():
-            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _holds(output: Path, artefact: Artefact) -> bool:

@@ -39,7 +39,9 @@ class Requests:
             case "grams":
                 settings = self.recipe.grams.model_dump(mode="json")
                 where = {"cluster": self.recipe.cluster.model_dump(mode="json")}
-                return self._request(stage, results, {"experts": results["experts"].outputs["experts"]}, settings, where)
+                return self._request(
+                    stage, results, {"experts": results["experts"].outputs["experts"]}, settings, where
+                )
             case "anchor":
                 anchor = self.inputs.anchor
                 given = {"checkpoint": anchor.digest} if anchor else {}
@@ -57,7 +59,10 @@ class Requests:
                 }
                 return self._request(stage, results, given, settings)
             case "publish":
-                given = {"search": results["search"].outputs["search"], "experts": results["experts"].outputs["experts"]}
+                given = {
+                    "search": results["search"].outputs["search"],
+                    "experts": results["experts"].outputs["experts"],
+                }
                 settings = {"dtype": self.recipe.dtype, "max_shard_size": self.recipe.max_shard_size}
                 return self._request(stage, results, given, settings)
         raise ValueError(f"there is no stage '{stage}'")

@@ -60,18 +60,21 @@ class Inputs:
     anchor: Model | None
 
 
-def fingerprint_inputs(recipe: Recipe) -> Inputs:
+def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> Inputs:
     """Find everything that the recipe names and take its digests.
+
+    The output folder is checked first, unless it will not be written.
 
     Raises:
         UserError: something is missing, is not a usable checkpoint, or may not be read; the message names it.
     """
-    check_output(recipe)
-    base = _model(recipe.base_model, recipe, "base_model")
+    if check_output_folder:
+        check_output(recipe)
+    base = fingerprint_model(recipe.base_model, recipe.folder, "base_model")
     experts = tuple(_expert(expert, recipe) for expert in recipe.experts)
     anchor = None
     if isinstance(recipe.anchor, CheckpointAnchorSettings):
-        anchor = _model(recipe.anchor.path, recipe, "anchor.path")
+        anchor = fingerprint_model(recipe.anchor.path, recipe.folder, "anchor.path")
     return Inputs(base, experts, anchor)
 
 
@@ -91,14 +94,19 @@ def check_output(recipe: Recipe) -> None:
     check_writable(output)
 
 
-def _model(source: str, recipe: Recipe, where: str) -> Model:
-    resolved: Resolved = resolve(source, recipe.folder, where)
+def fingerprint_model(source: str, folder: Path, where: str) -> Model:
+    """Find one checkpoint and take its digest.
+
+    Raises:
+        UserError: it is not there, or cannot be used; the message begins with `where`.
+    """
+    resolved: Resolved = resolve(source, folder, where)
     with Checkpoint.open(resolved.path) as checkpoint:
         return Model(source, str(resolved.path), resolved.revision, fingerprint(checkpoint))
 
 
 def _expert(expert: ExpertSource, recipe: Recipe) -> Expert:
-    model = _model(expert.model, recipe, f"the expert {expert.name}")
+    model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}")
     data = {}
     for split, source in expert.task.splits().items():
         files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}")

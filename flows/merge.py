@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, get_run_logger
 
-from bmm.pipeline import Merge, run
+from bmm.pipeline import run
 from bmm.recipe import Recipe
 from bmm.stages.request import Request, Result
 from bmm.store import Store
 from tasks.record import show_summary, track_merge
 from tasks.registry import TASKS
 from tasks.stage import execute
-from tasks.tracking import Tracked
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished merge and where it was logged; `tracking_error` says why it was not."""
-
-    merge: Merge
-    tracked: Tracked | None
-    tracking_error: str | None = None
+from tasks.tracking import Outcome, track_or_explain
 
 
 @flow(name="merge", description="Merge expert models into one.", persist_result=False, log_prints=False)
@@ -44,15 +34,7 @@ def merge_flow(recipe: dict[str, Any], folder: str, store: str, fresh: bool = Fa
 
     merged = run(asked, opened, execute_task)
     show_summary(merged)
-    if not asked.tracking.enabled:
-        return Outcome(merged, None)
-    try:
-        return Outcome(merged, track_merge(opened, merged))
-    except Exception as error:  # the merge is done and kept; the next run logs it
-        get_run_logger().warning("the merge was not logged to MLflow: %s", error)
-        return Outcome(merged, None, tracking_problem(error))
-
-
-def tracking_problem(error: Exception) -> str:
-    """Return the first line of why MLflow could not be told."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    outcome = track_or_explain(opened, merged, enabled=asked.tracking.enabled, log=track_merge)
+    if outcome.tracking_error:
+        get_run_logger().warning("the merge was not logged to MLflow: %s", outcome.tracking_error)
+    return outcome

@@ -5,7 +5,6 @@ Everything is a default: a variable that the user has set stays as it is.
 
 from __future__ import annotations
 
-import logging
 import os
 
 _DEFAULTS = {
@@ -15,7 +14,8 @@ _DEFAULTS = {
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     # 20 seconds, Prefect's own default, is too short on a busy machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_LOGGING_LEVEL": "INFO",
+    # The server gets every line of a flow's log; the terminal belongs to the progress bars.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }
 
 
@@ -23,14 +23,3 @@ def set_defaults() -> None:
     """Set Prefect's environment; call it before anything imports prefect."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-
-
-def quiet_console() -> None:
-    """Keep Prefect's log off the terminal; its server gets every line all the same."""
-    import prefect.logging.handlers as handlers
-
-    names = ["prefect", *(name for name in logging.root.manager.loggerDict if name.startswith("prefect"))]
-    for name in names:
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, handlers.PrefectConsoleHandler):
-                handler.setLevel(logging.CRITICAL + 1)

@@ -24,4 +24,6 @@ def _show(store: Store, result: Result) -> None:
     create_table_artifact(methods, key="bmm-methods", description="Share of the experts' mean test accuracy")
 
 
-evaluate = stage_task("evaluate", "Measure base, experts, anchors and merged model on the test rows, once.", after=_show)
+evaluate = stage_task(
+    "evaluate", "Measure base, experts, anchors and merged model on the test rows, once.", after=_show
+)

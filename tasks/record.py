@@ -13,7 +13,9 @@ from bmm.store import Store
 from tasks.tracking import Tracked, track
 
 
-@task(name="track", description="Log the merge to MLflow, once.", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=5)
+@task(
+    name="track", description="Log the merge to MLflow, once.", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=5
+)
 def track_merge(store: Store, merge: Merge) -> Tracked:
     """Log a finished merge to MLflow."""
     return track(store, merge)

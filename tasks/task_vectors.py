@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from tasks.stage import stage_task
 
-task_vectors = stage_task("task-vectors", "Read every weight once: refuse what is not finite, measure each task vector.")
+task_vectors = stage_task(
+    "task-vectors", "Read every weight once: refuse what is not finite, measure each task vector."
+)

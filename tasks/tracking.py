@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,27 @@ class Tracked:
     run_id: str
     experiment: str
     uri: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished merge and where it was logged; `tracking_error` says why it was not."""
+
+    merge: Merge
+    tracked: Tracked | None
+    tracking_error: str | None = None
+
+
+def track_or_explain(
+    store: Store, merge: Merge, *, enabled: bool, log: Callable[[Store, Merge], Tracked] | None = None
+) -> Outcome:
+    """Log a merge; a tracker that fails costs nothing but the record, which the next run of the recipe writes."""
+    if not enabled:
+        return Outcome(merge, None)
+    try:
+        return Outcome(merge, (log or track)(store, merge))
+    except Exception as error:
+        return Outcome(merge, None, (str(error).strip() or type(error).__name__).splitlines()[0][:300])
 
 
 def tracking_uri(store: Store) -> str:

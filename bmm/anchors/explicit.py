@@ -37,12 +37,8 @@ class Explicit:
         try:
             tensor = self._read(name)
         except KeyError:
-            raise CheckpointError(
-                f"{owner} has no tensor '{name}'; use a model of the same architecture"
-            ) from None
+            raise CheckpointError(f"{owner} has no tensor '{name}'; use a model of the same architecture") from None
         if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"'{name}' of {owner} has dtype {tensor.dtype}; use a floating-point checkpoint"
-            )
+            raise CheckpointError(f"'{name}' of {owner} has dtype {tensor.dtype}; use a floating-point checkpoint")
         require_shape(tensor, base, name, owner)
         return Merged(checked(tensor, name, owner).to(torch.float32, copy=True), "anchored")

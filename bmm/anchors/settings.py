@@ -33,9 +33,7 @@ class TIESSettings(_Settings):
         default="global", description="keep the largest of the whole task vector, or of each tensor"
     )
     combine: Literal["mean", "sum"] = "mean"
-    scale: float | None = Field(
-        default=None, gt=0, le=2, description="defaults to 1 for the mean and 0.3 for the sum"
-    )
+    scale: float | None = Field(default=None, gt=0, le=2, description="defaults to 1 for the mean and 0.3 for the sum")
 
 
 class TSVSettings(_Settings):
@@ -64,12 +62,7 @@ class CheckpointAnchorSettings(_Settings):
 
 
 AnchorSettings = Annotated[
-    AverageSettings
-    | TaskArithmeticSettings
-    | TIESSettings
-    | TSVSettings
-    | WUDISettings
-    | CheckpointAnchorSettings,
+    AverageSettings | TaskArithmeticSettings | TIESSettings | TSVSettings | WUDISettings | CheckpointAnchorSettings,
     Field(discriminator="method"),
 ]
 

@@ -53,9 +53,7 @@ def merge_singular_vectors(vectors: TaskVectors) -> Tensor | None:
         left.append(U[:, :rank].clone())
         values.append(S[:rank].clone())
         right.append(Vh[:rank].T.clone())
-    return (polar_factor(torch.cat(left, dim=1)) * torch.cat(values)) @ polar_factor(
-        torch.cat(right, dim=1)
-    ).T
+    return (polar_factor(torch.cat(left, dim=1)) * torch.cat(values)) @ polar_factor(torch.cat(right, dim=1)).T
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

@@ -27,14 +27,10 @@ def encoder_prefix(config: dict[str, Any]) -> str:
     if not isinstance(model_type, str):
         raise CheckpointError("config.json has no 'model_type'; save the model again with `save_pretrained`")
     if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"the model type '{model_type}' in config.json is not one that transformers has"
-        )
+        raise CheckpointError(f"the model type '{model_type}' in config.json is not one that transformers has")
     config_class = CONFIG_MAPPING[model_type]
     if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise CheckpointError(
-            f"transformers has no text classifier for the model type '{model_type}' in config.json"
-        )
+        raise CheckpointError(f"transformers has no text classifier for the model type '{model_type}' in config.json")
     model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config_class]
     if isinstance(model_class, tuple):
         model_class = model_class[0]

@@ -49,19 +49,13 @@ class _Places:
 def output_error(error: OSError, target: Path) -> OutputError:
     """Return one sentence for a failure to write below `target`, by its errno."""
     if error.errno in _FULL:
-        return OutputError(
-            f"{target} cannot be written: the disk is full; free some space or name another folder"
-        )
+        return OutputError(f"{target} cannot be written: the disk is full; free some space or name another folder")
     if error.errno == errno.EFBIG:
-        return OutputError(
-            f"{target} cannot be written: a file would be larger than allowed; raise `ulimit -f`"
-        )
+        return OutputError(f"{target} cannot be written: a file would be larger than allowed; raise `ulimit -f`")
     if error.errno == errno.EROFS:
         return OutputError(f"{target} cannot be written: the file system is read-only; name another folder")
     if error.errno in _REFUSED:
-        return OutputError(
-            f"{target} cannot be written: permission denied; change its rights or name another folder"
-        )
+        return OutputError(f"{target} cannot be written: permission denied; change its rights or name another folder")
     return OutputError(f"{target} cannot be written: {error.strerror or error}; name another folder")
 
 
@@ -150,8 +144,7 @@ def _refuse_foreign(target: Path) -> None:
         raise OutputError(f"{target} is a mount point, which cannot be replaced; name a folder inside of it")
     if not (target / MARKER).is_file() and any(target.iterdir()):
         raise OutputError(
-            f"{target} is not a folder this project wrote (it has files but no {MARKER}); "
-            "name a new or empty folder"
+            f"{target} is not a folder this project wrote (it has files but no {MARKER}); name a new or empty folder"
         )
 
 

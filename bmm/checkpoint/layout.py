@@ -92,9 +92,7 @@ class Layout:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         """Build the layout that `to_json` described."""
-        shared = tuple(
-            SharedParameter(**{**entry, "shape": tuple(entry["shape"])}) for entry in value["shared"]
-        )
+        shared = tuple(SharedParameter(**{**entry, "shape": tuple(entry["shape"])}) for entry in value["shared"])
         heads = {expert: dict(keys) for expert, keys in value["heads"].items()}
         return cls(value["prefix"], shared, heads, tuple(value["dropped"]))
 
@@ -171,9 +169,7 @@ def _is_float(
     expert_names: Mapping[str, Mapping[str, str]],
 ) -> bool:
     """Return whether anybody stores this tensor as floats; the architecture makes integer buffers itself."""
-    infos = [
-        checkpoint.info(expert_names[e][name]) for e, checkpoint in experts.items() if name in expert_names[e]
-    ]
+    infos = [checkpoint.info(expert_names[e][name]) for e, checkpoint in experts.items() if name in expert_names[e]]
     if name in base_names:
         infos.append(base.info(base_names[name]))
     return any(info.is_float for info in infos)

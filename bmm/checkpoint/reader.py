@@ -51,9 +51,7 @@ class Checkpoint:
         support_files: config, tokenizer and processor files which are there, sorted by name.
     """
 
-    def __init__(
-        self, path: Path, config: dict[str, Any], weights: Weights, support_files: tuple[Path, ...]
-    ) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], weights: Weights, support_files: tuple[Path, ...]) -> None:
         self.path = path
         self.config = config
         self.weight_files = weights.files
@@ -179,9 +177,7 @@ class Checkpoint:
 
 
 def _refuse_adapter(path: Path) -> None:
-    if (path / "adapter_config.json").is_file() and not any(
-        (path / name).is_file() for name in (SINGLE, INDEX)
-    ):
+    if (path / "adapter_config.json").is_file() and not any((path / name).is_file() for name in (SINGLE, INDEX)):
         raise CheckpointError(
             f"{path} is a PEFT adapter, and PEFT adapters are not merged yet; save the whole model with "
             "`merge_and_unload()` and `save_pretrained`"

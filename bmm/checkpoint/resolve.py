@@ -108,9 +108,7 @@ def _from_hub(source: str, model: str, revision: str | None, local: Path, where:
     except RevisionNotFoundError:
         raise CheckpointError(f"{absent} has no revision '{revision}' of '{model}'; correct it") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise CheckpointError(
-            f"{absent} has no such model as '{model}'; correct the path or the name"
-        ) from None
+        raise CheckpointError(f"{absent} has no such model as '{model}'; correct the path or the name") from None
     except Exception as error:
         # The hub's client lets through whatever its HTTP library, its cache and the network raise.
         if isinstance(error, OSError) and error.errno in _DISK:

@@ -69,8 +69,7 @@ def find_weights(folder: Path) -> Weights:
         found = tensors.get(modern_name(key))
         if found is None or found.file != folder / shard:
             raise CheckpointError(
-                f"{index} says that the tensor '{key}' is in {shard}, which lacks it; "
-                "save or download the model again"
+                f"{index} says that the tensor '{key}' is in {shard}, which lacks it; save or download the model again"
             )
     if not tensors:
         raise CheckpointError(f"{files[0]} holds no tensor; save or download the model again")
@@ -93,9 +92,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}); save or download the model again"
-        ) from None
+        raise CheckpointError(f"{path} is not valid JSON ({error}); save or download the model again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object; save or download the model again")
     return value
@@ -104,14 +101,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _read_index(index: Path) -> dict[str, str]:
     """Return the index's map from key to shard name, every shard checked to be a file inside the folder."""
     listed = read_json_object(index).get("weight_map")
-    if (
-        not isinstance(listed, dict)
-        or not listed
-        or not all(isinstance(name, str) for name in listed.values())
-    ):
-        raise CheckpointError(
-            f"{index} has no 'weight_map' from tensors to shards; save or download the model again"
-        )
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' from tensors to shards; save or download the model again")
     for key, name in listed.items():
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or ":" in name:
@@ -138,8 +129,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
         raise CheckpointError(f"{file} cannot be read: permission denied; check its permissions") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{file} is not a whole safetensors file ({' '.join(str(error).split())}); "
-            "copy or download it again"
+            f"{file} is not a whole safetensors file ({' '.join(str(error).split())}); copy or download it again"
         ) from None
     for key, _, dtype in found:
         if not is_supported(dtype):
@@ -147,9 +137,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
                 f"{file}: the tensor '{key}' is stored as {dtype}, which cannot be merged; "
                 "save the model as F32 or BF16"
             )
-    return [
-        StoredTensor(TensorInfo(modern_name(key), shape, dtype), file, key) for key, shape, dtype in found
-    ]
+    return [StoredTensor(TensorInfo(modern_name(key), shape, dtype), file, key) for key, shape, dtype in found]
 
 
 def _twice(name: str, first: StoredTensor, second: StoredTensor) -> str:
@@ -171,6 +159,5 @@ def _no_weights(folder: Path) -> CheckpointError:
     if any(folder.glob("model-*-of-*.safetensors")):
         return CheckpointError(f"{folder} has shards but no {INDEX}; copy or download the index too")
     return CheckpointError(
-        f"{folder} holds no weights: there is neither {SINGLE} nor {INDEX}; "
-        "save the model there with `save_pretrained`"
+        f"{folder} holds no weights: there is neither {SINGLE} nor {INDEX}; save the model there with `save_pretrained`"
     )

@@ -47,9 +47,7 @@ class Split:
     @cached_property
     def row_digests(self) -> tuple[str, ...]:
         """SHA-256 of each row's texts, white space folded, label excluded: what makes two rows the same."""
-        return tuple(
-            digest_text(canonical_json([_folded(row.text), _folded(row.text_pair)])) for row in self.rows
-        )
+        return tuple(digest_text(canonical_json([_folded(row.text), _folded(row.text_pair)])) for row in self.rows)
 
     @cached_property
     def digest(self) -> str:
@@ -63,8 +61,7 @@ class Split:
     def to_jsonl(self) -> str:
         """Return one JSON object a line, in ASCII, so that no reader's idea of a line end can cut a text."""
         return "".join(
-            json.dumps({"text": row.text, "text_pair": row.text_pair, "label": row.label}) + "\n"
-            for row in self.rows
+            json.dumps({"text": row.text, "text_pair": row.text_pair, "label": row.label}) + "\n" for row in self.rows
         )
 
     @classmethod
@@ -80,16 +77,12 @@ class Split:
                 value = json.loads(line)
                 row = Row(text=value["text"], text_pair=value["text_pair"], label=value["label"])
             except (ValueError, KeyError, TypeError):
-                raise ArtefactDamagedError(
-                    f"the rows of {name}: line {number} is not a row; load them again"
-                ) from None
+                raise ArtefactDamagedError(f"the rows of {name}: line {number} is not a row; load them again") from None
             rows.append(row)
         return cls(name=name, rows=tuple(rows))
 
 
-def load_split(
-    source: SplitSource, task: TextClassification, labels: Sequence[str], folder: Path, where: str
-) -> Split:
+def load_split(source: SplitSource, task: TextClassification, labels: Sequence[str], folder: Path, where: str) -> Split:
     """Read one split of one expert's task.
 
     Args:

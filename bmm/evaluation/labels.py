@@ -104,9 +104,7 @@ def _finder(labels: Sequence[str]) -> Callable[[str], int | None]:
         folded.setdefault(label.strip().casefold(), []).append(index)
     by_number = {}
     if _generic(labels):
-        by_number = {
-            int(label.casefold().removeprefix("label_")): index for index, label in enumerate(labels)
-        }
+        by_number = {int(label.casefold().removeprefix("label_")): index for index, label in enumerate(labels)}
 
     def find(name: str) -> int | None:
         if name in exact:

@@ -83,8 +83,7 @@ def mean_ratio_to_expert(model: Mapping[str, float], expert: Mapping[str, float]
     for task, value in expert.items():
         if value == 0:
             raise BMMError(
-                f"the expert of {task} has accuracy 0, so that nothing can be a share of it; check its data "
-                "and labels"
+                f"the expert of {task} has accuracy 0, so that nothing can be a share of it; check its data and labels"
             )
     return float(np.mean([model[task] / value for task, value in expert.items()]))
 
@@ -151,9 +150,7 @@ def summarise(correct: Correct, *, samples: int, seed: int, confidence: float) -
     """
     names = ("base", "expert", "anchor", "merged")
     if "mean" in correct:
-        raise BMMError(
-            "a task cannot be called 'mean', which is where the means over tasks stand; rename the expert"
-        )
+        raise BMMError("a task cannot be called 'mean', which is where the means over tasks stand; rename the expert")
     correct = {task: _picked(models, names, task) for task, models in correct.items()}
     bootstrap = Bootstrap(correct, samples=samples, seed=seed, confidence=confidence)
     exact = _accuracies(correct, names)
@@ -170,9 +167,7 @@ def summarise(correct: Correct, *, samples: int, seed: int, confidence: float) -
     metrics["mean"] = {
         **{name: float(np.mean(list(exact[name].values()))) for name in names},
         "share_of_experts": {name: share_of_experts(exact[name], exact["expert"]) for name in compared},
-        "intervals": {
-            "share_of_experts": {name: bootstrap.share_of_experts(name).document() for name in compared}
-        },
+        "intervals": {"share_of_experts": {name: bootstrap.share_of_experts(name).document() for name in compared}},
     }
     return metrics
 
@@ -241,8 +236,7 @@ def _share(model: NDArray[np.float64], expert: NDArray[np.float64]) -> float:
 def _share_of_means(model: Any, expert: Any) -> Any:
     if np.size(expert) == 0 or np.any(expert == 0):
         raise BMMError(
-            "the experts' mean accuracy is 0, so that nothing can be a share of it; check their data and "
-            "labels"
+            "the experts' mean accuracy is 0, so that nothing can be a share of it; check their data and labels"
         )
     return model / expert
 
@@ -256,9 +250,7 @@ def _accuracies(correct: Correct, names: Iterable[str]) -> dict[str, dict[str, f
     return {name: {task: accuracy(models[name]) for task, models in correct.items()} for name in names}
 
 
-def _picked(
-    models: Mapping[str, NDArray[np.bool_]], names: Iterable[str], task: str
-) -> dict[str, NDArray[np.bool_]]:
+def _picked(models: Mapping[str, NDArray[np.bool_]], names: Iterable[str], task: str) -> dict[str, NDArray[np.bool_]]:
     missing = [name for name in names if name not in models]
     if missing:
         raise BMMError(f"the task {task} has no result of the model '{missing[0]}'")
@@ -272,9 +264,7 @@ def _check(correct: Correct) -> None:
     for task, models in correct.items():
         shapes = {np.shape(array) for array in models.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1 or 0 in next(iter(shapes)):
-            raise BMMError(
-                f"the models of the task {task} were not run over the same rows: shapes {sorted(shapes)}"
-            )
+            raise BMMError(f"the models of the task {task} were not run over the same rows: shapes {sorted(shapes)}")
         for name, array in models.items():
             if np.asarray(array).dtype != np.bool_:
                 raise BMMError(f"the result of '{name}' on the task {task} is not an array of booleans")

@@ -101,19 +101,14 @@ class TaskModel:
                     settings, dtype=torch.float32, trust_remote_code=False
                 )
         except Exception as error:
-            reason = (
-                "it has no model_type" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-            )
+            reason = "it has no model_type" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"the config.json of {task} does not describe a text classifier that transformers has: "
-                f"{reason}"
+                f"the config.json of {task} does not describe a text classifier that transformers has: {reason}"
             ) from error
         model.tie_weights()
         model.requires_grad_(False).eval()
         if model.base_model is model:
-            raise CheckpointError(
-                f"the model of {task} has no encoder apart from its head ({type(model).__name__})"
-            )
+            raise CheckpointError(f"the model of {task} has no encoder apart from its head ({type(model).__name__})")
         return cls(task, model, tokenizer, Path(tokenizer_folder), max_length, batch_size)
 
     def load_head(self, tensors: Mapping[str, Tensor]) -> None:
@@ -128,14 +123,10 @@ class TaskModel:
         """
         everything = _named(self.module)
         head = {key: target for key, target in everything.items() if not key.startswith(self._prefix)}
-        inside = {
-            key: everything[key] for key in tensors if key.startswith(self._prefix) and key in everything
-        }
+        inside = {key: everything[key] for key in tensors if key.startswith(self._prefix) and key in everything}
         travelling = frozenset(key.removeprefix(self._prefix) for key in inside)
         if self._shares and travelling != self._travelling:
-            raise BMMError(
-                f"the head of {self.task} changes which encoder weights are its own after they were shared"
-            )
+            raise BMMError(f"the head of {self.task} changes which encoder weights are its own after they were shared")
         _copy({**head, **inside}, tensors, _computed(self.module), f"the head of {self.task}")
         if self._travelling - travelling:
             # What the earlier head brought is nobody's now, until an encoder is loaded that has it.
@@ -152,9 +143,7 @@ class TaskModel:
         Raises:
             BMMError: a name is missing, unexpected or of another shape.
         """
-        targets = {
-            name: target for name, target in _named(self.encoder).items() if name not in self._travelling
-        }
+        targets = {name: target for name, target in _named(self.encoder).items() if name not in self._travelling}
         _copy(targets, state, _computed(self.encoder), f"the encoder of {self.task}")
         self._state.loaded = True
 
@@ -172,17 +161,13 @@ class TaskModel:
             BMMError: a head is not loaded yet, or the encoders differ in names or shapes.
         """
         if not (self._head_loaded and other._head_loaded):
-            raise BMMError(
-                f"the heads of {self.task} and {other.task} must be loaded before their encoder is shared"
-            )
+            raise BMMError(f"the heads of {self.task} and {other.task} must be loaded before their encoder is shared")
         mine, theirs = (
             {name: _named(model.encoder)[name] for name in model.encoder_names()} for model in (self, other)
         )
         for name in dict.fromkeys([*mine, *theirs]):
             if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape:
-                raise BMMError(
-                    f"{self.task} and {other.task} cannot share one encoder: {name} is not the same in both"
-                )
+                raise BMMError(f"{self.task} and {other.task} cannot share one encoder: {name} is not the same in both")
         for name in mine:
             path, _, leaf = name.rpartition(".")
             setattr(self.encoder.get_submodule(path), leaf, theirs[name])
@@ -240,9 +225,7 @@ class TaskModel:
             FloatingPointError: a logit is not finite.
         """
         if not (self._head_loaded and self._state.loaded):
-            raise BMMError(
-                f"the model of {self.task} has no weights yet; load its head and its encoder first"
-            )
+            raise BMMError(f"the model of {self.task} has no weights yet; load its head and its encoder first")
         result = torch.empty(len(tokenised), self.module.config.num_labels, dtype=torch.float32)
         done = 0
         with torch.inference_mode():
@@ -282,9 +265,7 @@ def _positions(encoder: nn.Module) -> int | None:
     return min(rooms, default=None)
 
 
-def _copy(
-    targets: Mapping[str, Tensor], given: Mapping[str, Tensor], computed: Iterable[str], what: str
-) -> None:
+def _copy(targets: Mapping[str, Tensor], given: Mapping[str, Tensor], computed: Iterable[str], what: str) -> None:
     """Copy `given` into `targets`, all or nothing; every target must be reached, by any of its names."""
     given = {name: tensor for name, tensor in given.items() if name in targets or name not in set(computed)}
     for name, tensor in given.items():
@@ -292,8 +273,7 @@ def _copy(
             raise BMMError(f"{what} is given {name}, which it does not have")
         if tensor.shape != targets[name].shape:
             raise BMMError(
-                f"{what} is given {name} of shape {tuple(tensor.shape)}, but has it as "
-                f"{tuple(targets[name].shape)}"
+                f"{what} is given {name} of shape {tuple(tensor.shape)}, but has it as {tuple(targets[name].shape)}"
             )
     reached = {id(targets[name]) for name in given}
     for name, target in targets.items():

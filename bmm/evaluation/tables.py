@@ -57,9 +57,7 @@ def _open(source: SplitSource, folder: Path, cache: Path, spot: str) -> Any:
             saved = datasets.load_from_disk(str(local))
             if isinstance(saved, datasets.DatasetDict):
                 if source.split not in saved:
-                    raise DataError(
-                        f"{spot}: there is no split '{source.split}' (there are: {', '.join(saved)})"
-                    )
+                    raise DataError(f"{spot}: there is no split '{source.split}' (there are: {', '.join(saved)})")
                 return saved[source.split]
             return saved
         return datasets.load_dataset(
@@ -98,9 +96,7 @@ def _build(source: SplitSource, files: Sequence[Path], cache: Path, spot: str) -
     except Exception as error:
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             raise DataError(f"{spot}: the file has no rows; name one that has some") from None
-        if isinstance(error, ValueError) and str(error).startswith(
-            ("Unknown split", "Unrecognized instruction")
-        ):
+        if isinstance(error, ValueError) and str(error).startswith(("Unknown split", "Unrecognized instruction")):
             raise DataError(f"{spot}: {_reason(error)} Files without named splits are 'train'") from None
         culprits = ", ".join(str(path) for path in files)
         for number, path in enumerate(files if len(files) > 1 else [], 1):
@@ -110,8 +106,7 @@ def _build(source: SplitSource, files: Sequence[Path], cache: Path, spot: str) -
                 culprits, error = str(path), alone
                 break
         raise DataError(
-            f"{spot}: {culprits} cannot be read as {source.path}: {_reason(error)}; correct the file or "
-            "`path`"
+            f"{spot}: {culprits} cannot be read as {source.path}: {_reason(error)}; correct the file or `path`"
         ) from error
 
 
@@ -133,12 +128,8 @@ def data_files(source: SplitSource, folder: Path, spot: str) -> list[Path]:
             raise DataError(f"{spot}: {path} is a folder; name the files in it, such as {name.rstrip('/')}/*")
         matches = [path]
         if not path.exists():
-            pattern = (
-                str(path) if Path(name).expanduser().is_absolute() else _within(Path(folder).resolve(), name)
-            )
-            matches = [
-                Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()
-            ]
+            pattern = str(path) if Path(name).expanduser().is_absolute() else _within(Path(folder).resolve(), name)
+            matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
             if not matches:
                 raise DataError(f"{spot}: there is no file {path}; correct `data_files`")
         found.update(dict.fromkeys(matches))

@@ -60,9 +60,7 @@ def load_tokenizer(folder: Path) -> Any:
         CheckpointError: there is none, it cannot be read, or it has no padding token.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{folder} has no tokenizer; save the one that the model was trained with there"
-        )
+        raise CheckpointError(f"{folder} has no tokenizer; save the one that the model was trained with there")
     try:
         with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -72,15 +70,11 @@ def load_tokenizer(folder: Path) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
     if tokenizer.pad_token_id is None:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has no padding token; set pad_token and save it again"
-        )
+        raise CheckpointError(f"the tokenizer in {folder} has no padding token; set pad_token and save it again")
     return tokenizer
 
 
-def tokenised_rows(
-    tokenizer: Any, rows: Sequence[Row], max_length: int, refused: Collection[str]
-) -> TokenisedRows:
+def tokenised_rows(tokenizer: Any, rows: Sequence[Row], max_length: int, refused: Collection[str]) -> TokenisedRows:
     """Return rows as tokens, cut at `max_length`, without the model inputs in `refused`."""
     padding = {
         "input_ids": int(tokenizer.pad_token_id),

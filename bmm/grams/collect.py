@@ -55,8 +55,7 @@ def collect(
 
     modules = dict(encoder.named_modules())
     handles = [
-        modules[name].register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
-        for name in groups
+        modules[name].register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0])) for name in groups
     ]
     try:
         with torch.inference_mode():
@@ -70,7 +69,9 @@ def collect(
         if name not in sums:
             raise BMMError(f"the module {name} was never reached by a calibration row, so it has no Gram matrix")
         if not bool(torch.isfinite(sums[name].total).all()):
-            raise BMMError(f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?")
+            raise BMMError(
+                f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?"
+            )
     return sums
 
 

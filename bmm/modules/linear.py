@@ -91,9 +91,7 @@ def discover(encoder: torch.nn.Module, probe: Mapping[str, torch.Tensor]) -> tup
             continue
         group = first_reader.setdefault(id(tensor), name)
         layer = layer_of(name)
-        maps[name] = LinearMap(
-            name, module.out_features, module.in_features, group, module_type(name), layer
-        )
+        maps[name] = LinearMap(name, module.out_features, module.in_features, group, module_type(name), layer)
     return tuple(maps.values())
 
 

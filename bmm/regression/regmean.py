@@ -26,16 +26,12 @@ def shrink(gram: Tensor, alpha: float) -> Tensor:
         BMMError: `alpha` is not between 0 and 1.
     """
     if not 0 <= alpha <= 1:
-        raise BMMError(
-            f"the share of off-diagonal entries that RegMean keeps must be between 0 and 1, not {alpha}"
-        )
+        raise BMMError(f"the share of off-diagonal entries that RegMean keeps must be between 0 and 1, not {alpha}")
     gram = gram.to(torch.float64)
     return alpha * gram + (1 - alpha) * gram.diagonal().diag()
 
 
-def regmean(
-    experts: Sequence[Tensor], grams: Sequence[Tensor], *, alpha: float = ALPHA, where: str
-) -> Tensor:
+def regmean(experts: Sequence[Tensor], grams: Sequence[Tensor], *, alpha: float = ALPHA, where: str) -> Tensor:
     """Return RegMean's weight (out, in), float64, from experts' weights (out, in) and their Grams (in, in).
 
     Each output row is solved for on its own, so maps that read the same input may be stacked along `out`.

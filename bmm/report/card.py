@@ -65,9 +65,7 @@ def front_matter(document: Document) -> str:
         values["pipeline_tag"] = kinds[0]
     values["library_name"] = "transformers"
     values["tags"] = list(TAGS)
-    values["metrics"] = sorted(
-        {str(entry.get("metric", "accuracy")) for entry in findings.tasks(document).values()}
-    )
+    values["metrics"] = sorted({str(entry.get("metric", "accuracy")) for entry in findings.tasks(document).values()})
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 

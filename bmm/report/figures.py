@@ -97,9 +97,7 @@ def task_bars(document: Document) -> Figure | None:
             end = 100 * (value if interval is None else max(value, interval[1]))
             if interval is not None:
                 limits = [100 * limit for limit in interval]
-                axes.plot(
-                    limits, [middle, middle], "-|", color=INK, linewidth=1, markersize=4, path_effects=_HALO
-                )
+                axes.plot(limits, [middle, middle], "-|", color=INK, linewidth=1, markersize=4, path_effects=_HALO)
             axes.text(
                 end + 1.2,
                 middle,
@@ -154,8 +152,7 @@ def method_dots(document: Document) -> Figure | None:
     axes.set_yticks(range(len(rows)), [shorten(row.label, 34) for row in rows])
     values = axes.secondary_yaxis("right")
     shown = [
-        f"{findings.number(row.share)}"
-        + (f"  ({findings.interval_text(row.interval)})" if row.interval else "")
+        f"{findings.number(row.share)}" + (f"  ({findings.interval_text(row.interval)})" if row.interval else "")
         for row in rows
     ]
     values.set_yticks(range(len(rows)), shown)
@@ -188,9 +185,7 @@ def search_progress(document: Document) -> Figure | None:
     for origin in origins:
         colour = ORIGIN_COLOURS.get(origin, OTHER_COLOUR)
         marker = ORIGIN_MARKERS.get(origin, OTHER_MARKER)
-        of_origin = [
-            (i, v) for i, v, t in zip(indices, values, trials, strict=True) if t.get("origin") == origin
-        ]
+        of_origin = [(i, v) for i, v, t in zip(indices, values, trials, strict=True) if t.get("origin") == origin]
         inside = [(i, v) for i, v in of_origin if v >= floor]
         axes.plot(*_columns(inside), marker, color=colour, markersize=6, markeredgecolor="white", zorder=3)
         for index, value in of_origin:

@@ -202,9 +202,7 @@ def opening(document: Document) -> str:
     base, base_interval = share(document, "base")
     if base is not None:
         joint = ", and" if anchor is not None else ";"
-        sentence += (
-            f"{joint} the base model with the experts' heads {percent_with_interval(base, base_interval)}"
-        )
+        sentence += f"{joint} the base model with the experts' heads {percent_with_interval(base, base_interval)}"
     return sentence + "."
 
 

@@ -53,9 +53,7 @@ def cells(document: Document) -> dict[tuple[str, str], float | None]:
     vision tower, say) a type keeps its stem in front.
     """
     entries = [
-        (place(entry["parameter"]), entry)
-        for entry in document.get("coverage") or []
-        if len(entry["shape"]) >= 2
+        (place(entry["parameter"]), entry) for entry in document.get("coverage") or [] if len(entry["shape"]) >= 2
     ]
     stems = {stem for (stem, layer, _), _ in entries if layer != OUTSIDE}
     found: dict[tuple[str, str], float | None] = {}
@@ -90,13 +88,9 @@ def lambda_map(document: Document) -> Figure | None:
     for (kind, layer), value in found.items():
         x, y = layers.index(layer) - 0.5, kinds.index(kind) - 0.5
         if value is None:
-            axes.add_patch(
-                Rectangle((x, y), 1, 1, facecolor="#eeeeee", hatch="////", edgecolor="#bbbbbb", linewidth=0)
-            )
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor="#eeeeee", hatch="////", edgecolor="#bbbbbb", linewidth=0))
         else:
-            axes.add_patch(
-                Rectangle((x, y), 1, 1, facecolor=palette(scale(value)), edgecolor="white", linewidth=1)
-            )
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=palette(scale(value)), edgecolor="white", linewidth=1))
         if cell >= 0.36:
             dark = value is not None and value < low + 0.5 * (high - low)
             axes.text(

@@ -73,8 +73,7 @@ def report_page(document: Document) -> str:
         "best": known(search.get("best") or {}, ("index", "settings")),
         "data": document.get("data") or {},
         "stages": {
-            name: known(stage, ("state", "seconds", "key"))
-            for name, stage in (document.get("stages") or {}).items()
+            name: known(stage, ("state", "seconds", "key")) for name, stage in (document.get("stages") or {}).items()
         },
         "base": known(document.get("base") or {}, SOURCE_KEYS),
         "experts": [known(expert, SOURCE_KEYS) for expert in document.get("experts") or []],
@@ -93,9 +92,7 @@ def known(entry: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 def recipe_yaml(document: Document) -> str:
     """Return the recipe of the document as YAML text, keys in their own order."""
-    text: str = yaml.safe_dump(
-        _plain(document.get("recipe") or {}), sort_keys=False, allow_unicode=True, width=100
-    )
+    text: str = yaml.safe_dump(_plain(document.get("recipe") or {}), sort_keys=False, allow_unicode=True, width=100)
     return text
 
 
@@ -152,9 +149,7 @@ def _task_row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "metric": entry.get("metric"),
         "rows": entry.get("rows"),
         "values": {role: entry.get(role) for role in ("base", "expert", "anchor", "merged")},
-        "intervals": {
-            role: findings.interval_of(entry, role) for role in ("base", "expert", "anchor", "merged")
-        },
+        "intervals": {role: findings.interval_of(entry, role) for role in ("base", "expert", "anchor", "merged")},
         "difference": None if merged is None or expert is None else merged - expert,
     }
 

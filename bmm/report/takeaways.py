@@ -47,16 +47,12 @@ def methods_sentence(document: Document) -> str:
     best = others[0]
     gap = merged.share - best.share
     if gap > 0:
-        sentence = (
-            f"The merged model ranks first of {len(rows)}, {findings.number(gap)} points of share ahead of "
-        )
+        sentence = f"The merged model ranks first of {len(rows)}, {findings.number(gap)} points of share ahead of "
     elif gap == 0:
         sentence = "The merged model ties with "
     else:
         rank = rows.index(merged) + 1
-        sentence = (
-            f"The merged model ranks {rank} of {len(rows)}, {findings.number(-gap)} points of share behind "
-        )
+        sentence = f"The merged model ranks {rank} of {len(rows)}, {findings.number(-gap)} points of share behind "
     sentence += best.label
     if merged.interval is None or best.interval is None:
         return sentence + "."

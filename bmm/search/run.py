@@ -29,9 +29,7 @@ class Outcome:
 Evaluate = Callable[[Mapping[str, Setting]], Outcome]
 
 
-def search(
-    space: Space, evaluate: Evaluate, study: Study, trials: int, seed: int, noise: float | None = None
-) -> Trial:
+def search(space: Space, evaluate: Evaluate, study: Study, trials: int, seed: int, noise: float | None = None) -> Trial:
     """Run the study up to `trials` trials and return the best: the highest objective, the earliest of equals.
 
     Trials that the study already holds are not evaluated again, nor are settings equal to those of an
@@ -105,8 +103,6 @@ def _outcome(
     numbers = (outcome.objective, *outcome.tasks.values())
     if not all(math.isfinite(number) for number in numbers):
         if not earlier:
-            raise BMMError(
-                "the anchor could not be evaluated: its objective or a task's metric is not finite"
-            )
+            raise BMMError("the anchor could not be evaluated: its objective or a task's metric is not finite")
         return None, {}, "the objective or a task's metric is not finite"
     return outcome.objective, outcome.tasks, None

@@ -72,9 +72,7 @@ class Space:
 
     def __post_init__(self) -> None:
         if not self.groups or len(set(self.groups)) != len(self.groups):
-            raise BMMError(
-                f"a search space needs distinct module groups, at least one, not {list(self.groups)}"
-            )
+            raise BMMError(f"a search space needs distinct module groups, at least one, not {list(self.groups)}")
         for key, (low, high), largest in (
             ("log10_lambda", self.log10_lambda, _LARGEST_LOG10_LAMBDA),
             ("gamma", self.gamma, _LARGEST_GAMMA),
@@ -84,9 +82,7 @@ class Space:
                     f"'search.{key}' is [{low}, {high}]; give a lower and a higher end within ±{largest:g}"
                 )
         if not self.gamma[0] <= 1.0 <= self.gamma[1]:
-            raise RecipeError(
-                f"'search.gamma' is {list(self.gamma)}; it must include 1, where the anchor stands"
-            )
+            raise RecipeError(f"'search.gamma' is {list(self.gamma)}; it must include 1, where the anchor stands")
 
     @property
     def dimensions(self) -> int:
@@ -102,16 +98,12 @@ class Space:
             BMMError: the point has another number of coordinates, or one outside [0, 1].
         """
         if len(point) != self.dimensions or not all(0.0 <= value <= 1.0 for value in point):
-            raise BMMError(
-                f"a point of this space has {self.dimensions} coordinates in [0, 1], not {list(point)}"
-            )
+            raise BMMError(f"a point of this space has {self.dimensions} coordinates in [0, 1], not {list(point)}")
         settings = {}
         low, high = self.gamma
         for place, group in enumerate(self.groups):
             scaled_lambda, scaled_gamma = point[2 * place], point[2 * place + 1]
-            settings[group] = Setting(
-                self._lambda(scaled_lambda), round(low + scaled_gamma * (high - low), 12)
-            )
+            settings[group] = Setting(self._lambda(scaled_lambda), round(low + scaled_gamma * (high - low), 12))
         return settings
 
     def encode(self, settings: Mapping[str, Setting]) -> Point:
@@ -121,9 +113,7 @@ class Space:
             BMMError: the groups are not this space's, or a value lies outside the bounds.
         """
         if set(settings) != set(self.groups):
-            raise BMMError(
-                f"the settings are for {sorted(settings)}, the search space is over {sorted(self.groups)}"
-            )
+            raise BMMError(f"the settings are for {sorted(settings)}, the search space is over {sorted(self.groups)}")
         point: list[float] = []
         for group in self.groups:
             lam, gamma = settings[group].lam, settings[group].gamma
@@ -134,9 +124,7 @@ class Space:
             ):
                 scaled = (value - low) / (high - low)
                 if not -_ROUNDING <= scaled <= 1.0 + _ROUNDING:
-                    raise BMMError(
-                        f"{key} = {value} of group '{group}' is outside the bounds [{low}, {high}]"
-                    )
+                    raise BMMError(f"{key} = {value} of group '{group}' is outside the bounds [{low}, {high}]")
                 point.append(min(max(scaled, 0.0), 1.0))
         return tuple(point)
 

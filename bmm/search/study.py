@@ -194,9 +194,7 @@ class Study:
             # Unbuffered, so that closing after a failure does not write what was left of the line.
             with self._path.open("ab", buffering=0) as handle:
                 if os.fstat(handle.fileno()).st_size != self._size:
-                    raise BMMError(
-                        f"the study log {self._path} was changed by another process; run one at a time"
-                    )
+                    raise BMMError(f"the study log {self._path} was changed by another process; run one at a time")
                 try:
                     left = memoryview(line)
                     while left:

@@ -25,7 +25,6 @@ from bmm.store import Draft, Reference
 from bmm.weights import require_finite
 
 
-
 def anchor(work: Work, request: Request) -> dict[str, Any]:
     """Merge by the recipe's anchor method: the prior mean of the regression."""
     setup = setup_of(work, request)
@@ -48,7 +47,7 @@ def anchor_artefact(work: Work, setup: Setup, settings: AnchorSettings, explicit
     def make(draft: Draft) -> None:
         with ExitStack() as stack:
             weights = stack.enter_context(setup.weights())
-            reader = _explicit_reader(stack, setup, explicit) if explicit else None
+            reader = checkpoint_reader(stack, setup, explicit, "the anchor checkpoint") if explicit else None
             method = build_anchor(settings, reader)
             method.prepare(weights)
             treatments: dict[str, str] = {}
@@ -68,19 +67,23 @@ def anchor_artefact(work: Work, setup: Setup, settings: AnchorSettings, explicit
     return work.obtain("anchor", inputs, make, settings=said)
 
 
-def _explicit_reader(stack: ExitStack, setup: Setup, model: Model) -> Callable[[str], torch.Tensor]:
-    """Return a reader of the shared parameters in the checkpoint that is to be the anchor."""
+def checkpoint_reader(stack: ExitStack, setup: Setup, model: Model, what: str) -> Callable[[str], torch.Tensor]:
+    """Return a reader of the shared parameters in any checkpoint of the base's architecture.
+
+    Raises:
+        CheckpointError: it lacks one, or has one of another shape; when read, one is not finite.
+    """
     checkpoint = stack.enter_context(open_verified(Path(model.path), model.digest))
     keys = encoder_names(checkpoint, setup.layout.prefix)
     for parameter in setup.layout.shared:
         if parameter.name not in keys:
             raise CheckpointError(
-                f"the anchor checkpoint {model.path} lacks the tensor {parameter.name}; name a model of the base's architecture"
+                f"{what} {model.path} lacks the tensor {parameter.name}; name a model of the base's architecture"
             )
         shape = checkpoint.info(keys[parameter.name]).shape
         if shape != parameter.shape:
             raise CheckpointError(
-                f"the anchor checkpoint {model.path} has {parameter.name} of shape {shape}, the base of shape "
+                f"{what} {model.path} has {parameter.name} of shape {shape}, the base of shape "
                 f"{parameter.shape}; name a model of the base's architecture"
             )
 
@@ -102,7 +105,10 @@ def write_state(
 ) -> list[Path]:
     """Write the shared parameters under their canonical names, floating-point ones in `dtype` (None: the base's)."""
     dtypes = published_dtypes(setup, dtype)
-    infos = [TensorInfo(parameter.name, parameter.shape, dtype_name(dtypes[parameter.name])) for parameter in setup.layout.shared]
+    infos = [
+        TensorInfo(parameter.name, parameter.shape, dtype_name(dtypes[parameter.name]))
+        for parameter in setup.layout.shared
+    ]
     return write_weights(folder, infos, lambda name: get(name).to(dtypes[name]), max_shard_bytes)
 
 

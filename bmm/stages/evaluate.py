@@ -5,7 +5,8 @@ The numbers are made from stored answers by `bmm.evaluation.metrics`; this stage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,15 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings
-from bmm.evaluation.metrics import Method, method_rows, summarise
+from bmm.evaluation.metrics import Bootstrap, Method, accuracy, method_rows, share_of_experts, summarise
 from bmm.grams.store import GramReader
 from bmm.prediction import Panel, StoredWeights
 from bmm.progress import progress
-from bmm.recipe import EvaluationSettings
+from bmm.recipe import EvaluationSettings, Recipe
 from bmm.regression.regmean import ALPHA, regmean
-from bmm.stages.anchor import anchor_artefact, write_state
-from bmm.stages.request import Request, Work
+from bmm.sources import Inputs, Model
+from bmm.stages.anchor import anchor_artefact, checkpoint_reader, write_state
+from bmm.stages.request import Request, Result, Work
 from bmm.stages.search import expert_predictions, panel_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
@@ -68,7 +70,9 @@ def evaluate(work: Work, request: Request) -> dict[str, Any]:
             },
         )
 
-    return {"evaluation": work.obtain("evaluation", dict(request.inputs), make, settings=dict(request.settings)).to_json()}
+    return {
+        "evaluation": work.obtain("evaluation", dict(request.inputs), make, settings=dict(request.settings)).to_json()
+    }
 
 
 def _answers(setup: Setup, panel: Panel, contenders: Sequence[Contender], split: str) -> Answers:
@@ -152,3 +156,50 @@ def _regmean_artefact(work: Work, request: Request, setup: Setup) -> Reference:
             write_state(draft.path, setup, merge, dtype="F32")
 
     return work.obtain("regmean", inputs, make, settings={"off_diagonal": ALPHA})
+
+
+def evaluate_checkpoint(
+    work: Work, recipe: Recipe, inputs: Inputs, results: Mapping[str, Result], model: Model, split: str
+) -> dict[str, Any]:
+    """Measure any checkpoint of the base's architecture with the experts' heads, beside the experts themselves.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a shared tensor, or has one of another shape.
+    """
+    settings = recipe.evaluation
+    given = {"layout": results["experts"].outputs["layout"], "experts": results["experts"].outputs["experts"]}
+    where = {"base": inputs.base.to_json(), "experts": [expert.to_json() for expert in inputs.experts]}
+    request = Request("evaluate", given, {"batch_size": settings.batch_size}, where)
+    setup = setup_of(work, request)
+    panel = panel_of(work, request, setup)
+
+    def state() -> dict[str, torch.Tensor]:
+        with ExitStack() as stack:
+            read = checkpoint_reader(stack, setup, model, "the checkpoint")
+            return {parameter.name: read(parameter.name) for parameter in setup.layout.shared}
+
+    answers = _answers(setup, panel, [Contender("model", model.digest, state)], split)
+    bootstrap = Bootstrap(
+        answers, samples=settings.bootstrap_samples, seed=settings.bootstrap_seed, confidence=settings.confidence
+    )
+    measured = {name: {task: accuracy(answers[task][name]) for task in panel.tasks} for name in ("model", "expert")}
+    interval = bootstrap.share_of_experts("model")
+    return {
+        "model": model.to_json(),
+        "split": split,
+        "tasks": {
+            task: {
+                "metric": "accuracy",
+                "rows": panel.rows(task, split),
+                "expert": measured["expert"][task],
+                "model": measured["model"][task],
+                "interval": bootstrap.accuracy(task, "model").document(),
+            }
+            for task in panel.tasks
+        },
+        "share_of_experts": {
+            "mean": share_of_experts(measured["model"], measured["expert"]),
+            "low": interval.low,
+            "high": interval.high,
+        },
+    }

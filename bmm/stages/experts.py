@@ -27,7 +27,6 @@ from bmm.store import Draft
 _PROBE_TOKENS = 8
 
 
-
 def load_experts(work: Work, request: Request) -> dict[str, Any]:
     """Compare the checkpoints, find the linear maps, and take a copy of every row that will be used.
 
@@ -97,7 +96,9 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
     except (AttributeError, ValueError):
         names = {}
     if sorted(names) != list(range(len(names))) or not names:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: id2label must name the classes 0, 1, 2, …; correct it")
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: id2label must name the classes 0, 1, 2, …; correct it"
+        )
     return tuple(names[index] for index in range(len(names)))
 
 

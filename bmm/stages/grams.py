@@ -72,10 +72,7 @@ def compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> di
     fresh = work.store.fresh
     wanted = [job for job in jobs if fresh or work.store.find("grams", job.key) is None]
     missing = [
-        shard
-        for job in wanted
-        for shard in job.shards
-        if fresh or work.store.find("gram-shard", shard.key()) is None
+        shard for job in wanted for shard in job.shards if fresh or work.store.find("gram-shard", shard.key()) is None
     ]
     if fresh:
         for shard in missing:
@@ -99,8 +96,6 @@ def _sum(work: Work, job: GramJob) -> Reference:
     for shard in job.shards:
         work.store.discard("gram-shard", shard.key())
     return reference
-
-
 
 
 def grams(work: Work, request: Request) -> dict[str, Any]:

@@ -7,7 +7,6 @@ report, is `bmm.publication`: that is an effect on somebody's disk and happens o
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,14 +20,13 @@ from bmm.checkpoint.tensors import TensorInfo, dtype_name
 from bmm.checkpoint.verified import open_verified
 from bmm.checkpoint.writer import write_weights
 from bmm.prediction import StoredWeights, head_tensors
+from bmm.sizes import parse_bytes
 from bmm.stages.anchor import published_dtypes
 from bmm.stages.request import Request, Work
 from bmm.stages.search import DTYPES
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
 
-_UNITS = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
-_BINARY_UNITS = {"kiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 # What a configuration says of labels and heads; the merged encoder has neither.
 _HEAD_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "finetuning_task")
 
@@ -90,10 +88,3 @@ def _copy_tokenizer(base: Checkpoint, fallback: Path, folder: Path) -> None:
             files = [path for path in expert.support_files if path.name != "config.json"]
     for path in files:
         shutil.copyfile(path, folder / path.name)
-
-
-def parse_bytes(text: str) -> int:
-    """Return a size such as `2GiB` or `500 MB` in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text)
-    assert match is not None  # noqa: S101 - the recipe's pattern has let it through
-    return int(float(match.group(1)) * {**_UNITS, **_BINARY_UNITS}[match.group(2)])

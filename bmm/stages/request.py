@@ -111,7 +111,10 @@ def perform(load_stage: Callable[[], Stage], store: Store, request: Request) -> 
     work = Work(store)
     outputs = load_stage()(work, request)
     store.obtain(
-        f"stage-{request.stage}", request.key, lambda draft: draft.write_json(_OUTPUTS, outputs), replace=bool(work.made)
+        f"stage-{request.stage}",
+        request.key,
+        lambda draft: draft.write_json(_OUTPUTS, outputs),
+        replace=bool(work.made),
     )
     seconds = time.perf_counter() - started
     return Result(request.stage, request.key, "ran" if work.made else "cached", seconds, outputs)

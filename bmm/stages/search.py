@@ -59,8 +59,7 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
     groups = groups_of(places, settings.per)
     space = Space(tuple(dict.fromkeys(groups.values())), settings.log10_lambda, settings.gamma)
     expert_accuracy = {
-        expert: accuracy(correct)
-        for expert, correct in expert_predictions(setup, panel, "validation").items()
+        expert: accuracy(correct) for expert, correct in expert_predictions(setup, panel, "validation").items()
     }
     with setup.weights() as weights:
         assembler = Assembler(setup.regressed, weights, anchored, lambda index, group: readers[index].gram(group))
@@ -150,12 +149,14 @@ def check_coverage(setup: Setup, minimum: float) -> None:
     matrices = {
         parameter.name: math.prod(parameter.shape)
         for parameter in setup.layout.shared
-        if len(parameter.shape) >= 2 and parameter.name not in setup.embeddings  # noqa: PLR2004
+        if len(parameter.shape) >= 2 and parameter.name not in setup.embeddings
     }
     reached = sum(size for name, size in matrices.items() if name in regressed)
     total = sum(matrices.values())
     if total == 0 or reached / total < minimum:
-        missed = max((name for name in matrices if name not in regressed), key=lambda name: matrices[name], default="none")
+        missed = max(
+            (name for name in matrices if name not in regressed), key=lambda name: matrices[name], default="none"
+        )
         raise CheckpointError(
             f"only {reached} of {total} matrix weights of this architecture are linear maps that can be regressed "
             f"(largest missed: {missed}); lower coverage.minimum to merge the rest by the anchor alone"

@@ -17,7 +17,6 @@ from bmm.stages.request import Request, Work
 from bmm.weights import ExpertWeights
 
 
-
 @dataclass(frozen=True)
 class Setup:
     """Base, experts and layout of a merge, as the first stage left them."""

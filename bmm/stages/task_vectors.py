@@ -10,7 +10,6 @@ from bmm.stages.setup import setup_of
 from bmm.store import Draft
 
 
-
 def task_vectors(work: Work, request: Request) -> dict[str, Any]:
     """Read every weight once: refuse what is not finite, and measure each expert's task vector.
 

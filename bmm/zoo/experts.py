@@ -66,9 +66,7 @@ def base_digest(base: Path) -> str:
 
 def expert_key(base: str, rows: str, settings: TrainingSettings) -> str:
     """Return the digest of all that determines an expert: base, rows, settings, the loop's version."""
-    return digest_json(
-        {"version": TRAINING_VERSION, "base": base, "rows": rows, "settings": asdict(settings)}
-    )
+    return digest_json({"version": TRAINING_VERSION, "base": base, "rows": rows, "settings": asdict(settings)})
 
 
 def read_expert(folder: Path, key: str) -> dict[str, Any] | None:
@@ -198,9 +196,7 @@ def _train(name: str, base: Path, rows: TaskRows, settings: TrainingSettings) ->
                 targets = torch.tensor([index_of[label] for _, label in batch])
                 loss = torch.nn.functional.cross_entropy(model(**encoded).logits, targets)
                 if not torch.isfinite(loss):
-                    raise TrainingError(
-                        f"the loss of the expert '{name}' is not finite; lower its learning rate"
-                    )
+                    raise TrainingError(f"the loss of the expert '{name}' is not finite; lower its learning rate")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -271,15 +267,11 @@ def _measure(
 
     parts = {"validation": rows.validation, "test": rows.test}
     with progress("measuring", 2 * sum(len(part) for part in parts.values())) as bar:
-        expert = {
-            part: _accuracy(model, tokenizer, part_rows, settings, bar) for part, part_rows in parts.items()
-        }
+        expert = {part: _accuracy(model, tokenizer, part_rows, settings, bar) for part, part_rows in parts.items()}
         with _quiet_transformers():
             encoder = AutoModel.from_pretrained(base, local_files_only=True).state_dict()
         tuned = model.base_model.state_dict()
         model.base_model.load_state_dict(encoder)
-        plain = {
-            part: _accuracy(model, tokenizer, part_rows, settings, bar) for part, part_rows in parts.items()
-        }
+        plain = {part: _accuracy(model, tokenizer, part_rows, settings, bar) for part, part_rows in parts.items()}
         model.base_model.load_state_dict(tuned)
     return {"expert": expert, "base": plain}

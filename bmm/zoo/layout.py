@@ -92,9 +92,7 @@ def prepare(
     with explained(folder):
         base = _make_base(folder)
         base_key = base_digest(base)
-        stale = [
-            name for name in wanted.names if not _is_current(folder, name, wanted, base_key, seed, measure)
-        ]
+        stale = [name for name in wanted.names if not _is_current(folder, name, wanted, base_key, seed, measure)]
         archives = fetch_all(dict.fromkeys(SOURCES[name].package for name in stale), folder / "packages")
         for name in stale:
             rows = _make_data(folder, name, archives[SOURCES[name].package.name], wanted, seed)

@@ -152,9 +152,7 @@ def _download(package: Package, staging: Path, bar: Bar | None) -> None:
     # With the digest in the requirement pip compares it before it looks into the file: for a source
     # distribution pip asks the build backend for metadata, which must not happen with a file other than the
     # pinned one.
-    requirements.write_text(
-        f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8"
-    )
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     scratch = staging / "scratch"
     scratch.mkdir()
     # Naming the package keeps build requirements as wheels, where ":all:" would build them from source too.
@@ -230,9 +228,7 @@ def read_folder(archive: Path, prefix: str) -> dict[str, bytes]:
         PackageError: the archive is damaged, or no file begins with `prefix`.
     """
     with _reading(str(archive)), zipfile.ZipFile(archive) as opened:
-        names = sorted(
-            name for name in opened.namelist() if name.startswith(prefix) and not name.endswith("/")
-        )
+        names = sorted(name for name in opened.namelist() if name.startswith(prefix) and not name.endswith("/"))
         if not names:
             raise KeyError(prefix)
         return {name: opened.read(name) for name in names}

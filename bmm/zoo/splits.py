@@ -87,9 +87,7 @@ def _shuffled(rows: Iterable[Row], seed: str) -> list[Row]:
 
 def json_lines(rows: Iterable[Row]) -> str:
     """Return rows as JSON lines `{"text", "label"}`, the label by its class name."""
-    return "".join(
-        json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in rows
-    )
+    return "".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in rows)
 
 
 def write_splits(rows: TaskRows, folder: Path) -> Mapping[str, Path]:

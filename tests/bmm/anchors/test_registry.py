@@ -160,9 +160,7 @@ def test_one_expert_merges_to_itself(variant, random_weights):
 def test_scaling_the_task_vectors_scales_the_update(variant, random_weights, weights_of, seed, factor):
     weights = random_weights(seed, dtype=torch.float64)
     # A zero base keeps the final rounding to float32 relative to the update itself.
-    weights = weights_of(
-        {name: torch.zeros_like(tensor) for name, tensor in weights.bases.items()}, weights.experts
-    )
+    weights = weights_of({name: torch.zeros_like(tensor) for name, tensor in weights.bases.items()}, weights.experts)
     expected = merge_all(variant, weights)
     for name, merged in merge_all(variant, weights.map(lambda vector: factor * vector)).items():
         torch.testing.assert_close(merged.tensor, factor * expected[name].tensor, rtol=1e-5, atol=1e-5)

@@ -11,9 +11,7 @@ from bmm.anchors.task_arithmetic import TaskArithmetic
 def test_it_adds_the_scaled_sum(scale, random_weights, task_vectors_of):
     weights = random_weights(experts=4)
     for name in weights.names():
-        expected = weights.bases[name].double().numpy() + scale * np.sum(
-            task_vectors_of(weights, name), axis=0
-        )
+        expected = weights.bases[name].double().numpy() + scale * np.sum(task_vectors_of(weights, name), axis=0)
         merged = TaskArithmetic(TaskArithmeticSettings(scale=scale)).merge(name, weights).tensor
         np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-6, atol=1e-7)
 

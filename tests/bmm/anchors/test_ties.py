@@ -37,16 +37,12 @@ def sorted_threshold(vector, density):
 @pytest.mark.parametrize(("combine", "scale"), [("mean", 1.0), ("sum", 0.3)])
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**31), density=st.floats(0.01, 1.0), experts=st.integers(1, 4))
-def test_it_matches_a_naive_loop(
-    scope, combine, scale, random_weights, task_vectors_of, seed, density, experts
-):
+def test_it_matches_a_naive_loop(scope, combine, scale, random_weights, task_vectors_of, seed, density, experts):
     weights = random_weights(seed, experts)
     anchor = TIES(TIESSettings(density=density, scope=scope, combine=combine))
     anchor.prepare(weights)
     whole = zip(*(task_vectors_of(weights, name) for name in weights.names()), strict=True)
-    globally = [
-        sorted_threshold(np.concatenate([part.ravel() for part in parts]), density) for parts in whole
-    ]
+    globally = [sorted_threshold(np.concatenate([part.ravel() for part in parts]), density) for parts in whole]
     for name in weights.names():
         vectors = task_vectors_of(weights, name)
         kept = globally if scope == "global" else [sorted_threshold(vector, density) for vector in vectors]
@@ -80,9 +76,7 @@ def test_the_global_scope_keeps_nothing_of_a_tensor_that_hardly_moved(weights_of
 
 
 def test_opposite_entries_of_equal_size_cancel(weights_of):
-    weights = weights_of(
-        {"a": torch.ones(3)}, [{"a": torch.tensor([2.0, 2, 2])}, {"a": torch.tensor([0.0, 2, 3])}]
-    )
+    weights = weights_of({"a": torch.ones(3)}, [{"a": torch.tensor([2.0, 2, 2])}, {"a": torch.tensor([0.0, 2, 3])}])
     anchor = TIES(TIESSettings(density=1.0))
     anchor.prepare(weights)
     assert anchor.merge("a", weights).tensor.tolist() == [1.0, 2.0, 2.5]

@@ -48,9 +48,7 @@ def test_the_exact_minimiser_is_a_least_squares_solution(
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**31), experts=st.integers(2, 4))
-def test_the_objective_is_flat_at_the_minimiser_and_higher_around_it(
-    random_weights, task_vectors_of, seed, experts
-):
+def test_the_objective_is_flat_at_the_minimiser_and_higher_around_it(random_weights, task_vectors_of, seed, experts):
     weights = random_weights(seed, experts, shapes=SHAPES)
     vectors = tensors(task_vectors_of(weights, "map.weight"))
     found = (exact(weights) - weights.bases["map.weight"].double()).requires_grad_()
@@ -60,9 +58,7 @@ def test_the_objective_is_flat_at_the_minimiser_and_higher_around_it(
     (reference,) = torch.autograd.grad(objective(at_sum, vectors), at_sum)
     assert gradient.norm() < 1e-4 * reference.norm()
     for seed_of_step in range(3):
-        step = torch.randn(
-            found.shape, generator=torch.Generator().manual_seed(seed_of_step), dtype=found.dtype
-        )
+        step = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed_of_step), dtype=found.dtype)
         assert objective(found.detach() + 1e-3 * step, vectors) > value
 
 
@@ -111,8 +107,6 @@ def test_what_is_not_a_linear_map_is_averaged(random_weights, task_vectors_of):
 def test_experts_on_orthogonal_inputs_all_survive_whole(weights_of):
     vectors = [torch.zeros(4, 6) for _ in range(3)]
     for index, vector in enumerate(vectors):
-        vector[:, 2 * index : 2 * index + 2] = torch.randn(
-            4, 2, generator=torch.Generator().manual_seed(index)
-        )
+        vector[:, 2 * index : 2 * index + 2] = torch.randn(4, 2, generator=torch.Generator().manual_seed(index))
     weights = weights_of({"map.weight": torch.zeros(4, 6)}, [{"map.weight": vector} for vector in vectors])
     torch.testing.assert_close(exact(weights).float(), sum(vectors))

@@ -55,9 +55,7 @@ def test_an_empty_and_an_earlier_folder_are_replaced(tmp_path: Path, before: str
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("x"), KeyboardInterrupt(), FileNotFoundError(errno.ENOENT, "x", "/else")]
-)
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), FileNotFoundError(errno.ENOENT, "x", "/else")])
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "out"
     with replacing(target) as folder:
@@ -108,9 +106,7 @@ def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_outside_of_the_allowed_folders_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outside_of_the_allowed_folders_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(tmp_path / "in"))
     with pytest.raises(UserError, match="the output folder"):
         check_writable(tmp_path / "out")
@@ -176,10 +172,7 @@ def test_without_permission_it_is_one_sentence(public_folder: Path) -> None:
     )
     assert (
         done.stdout.splitlines()
-        == [
-            f"{closed / 'out'} cannot be written: permission denied; change its rights or name another folder"
-        ]
-        * 2
+        == [f"{closed / 'out'} cannot be written: permission denied; change its rights or name another folder"] * 2
     )
 
 
@@ -304,9 +297,7 @@ def test_a_live_attempt_is_never_disturbed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
-def test_a_rename_that_fails_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
     with replacing(target) as folder:
         write(folder, "old")

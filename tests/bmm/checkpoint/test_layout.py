@@ -40,23 +40,13 @@ def test_base_and_experts_share_the_encoder(save, kind: str) -> None:
     }
     has_pooler = kind != "masked"
     assert {parameter.name for parameter in found.shared} == set(wanted) - (set() if has_pooler else POOLER)
-    assert [parameter.name for parameter in found.shared] == sorted(
-        parameter.name for parameter in found.shared
-    )
+    assert [parameter.name for parameter in found.shared] == sorted(parameter.name for parameter in found.shared)
     for parameter in found.shared:
-        assert (
-            parameter.shape
-            == tuple(wanted[parameter.name].shape)
-            == checkpoint.info(parameter.base_key).shape
-        )
+        assert parameter.shape == tuple(wanted[parameter.name].shape) == checkpoint.info(parameter.base_key).shape
         assert parameter.expert_keys == {"news": f"bert.{parameter.name}", "mail": f"bert.{parameter.name}"}
         assert parameter.base_key == ("" if kind == "encoder" else "bert.") + parameter.name
-        assert parameter.info == checkpoint.info(parameter.base_key).__class__(
-            parameter.name, parameter.shape, "F32"
-        )
-    head = {"classifier.weight", "classifier.bias"} | (
-        set() if has_pooler else {f"bert.{name}" for name in POOLER}
-    )
+        assert parameter.info == checkpoint.info(parameter.base_key).__class__(parameter.name, parameter.shape, "F32")
+    head = {"classifier.weight", "classifier.bias"} | (set() if has_pooler else {f"bert.{name}" for name in POOLER})
     assert found.heads == {expert: {name: name for name in head} for expert in ("news", "mail")}
     used = {parameter.base_key for parameter in found.shared}
     assert found.dropped == tuple(sorted(set(checkpoint.names()) - used))
@@ -181,9 +171,7 @@ def test_a_tensor_that_only_one_expert_has_is_named(save, edit_weights) -> None:
 def test_integers_for_floats_are_refused(save, edit_weights) -> None:
     name = "encoder.layer.1.attention.self.query.weight"
     mail = save("mail")
-    edit_weights(
-        mail, lambda tensors: tensors.update({f"bert.{name}": tensors[f"bert.{name}"].to(torch.int8)})
-    )
+    edit_weights(mail, lambda tensors: tensors.update({f"bert.{name}": tensors[f"bert.{name}"].to(torch.int8)}))
     refused(save("base"), "expert 'mail'", f"'{name}'", "I8", "F32", news=save("news"), mail=mail)
 
 

@@ -63,9 +63,7 @@ def test_legacy_layer_norm_names_appear_as_modern_ones(save, edit_weights) -> No
 
     def to_legacy(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "LayerNorm" in name]:
-            legacy = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-                "LayerNorm.bias", "LayerNorm.beta"
-            )
+            legacy = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
             tensors[legacy] = tensors.pop(name)
 
     names = Checkpoint.open(folder).names()
@@ -107,9 +105,7 @@ def test_the_digest_follows_every_byte_that_matters(save, name: str) -> None:
 def test_the_digest_does_not_depend_on_the_place(save) -> None:
     first, second = save("m", seed=3, max_shard_size="5KB"), save("n", seed=3, max_shard_size="5KB")
     assert Checkpoint.open(first).digest() == Checkpoint.open(second).digest()
-    assert (
-        Checkpoint.open(first).digest() != Checkpoint.open(save("o", seed=4, max_shard_size="5KB")).digest()
-    )
+    assert Checkpoint.open(first).digest() != Checkpoint.open(save("o", seed=4, max_shard_size="5KB")).digest()
 
 
 @pytest.mark.parametrize(
@@ -190,14 +186,10 @@ def test_a_missing_shard_is_refused(save) -> None:
     refused(folder, shard.name, "no such file")
 
 
-@pytest.mark.parametrize(
-    "name", ["../other.safetensors", "/etc/other.safetensors", "sub/../../x", "..\\x", "C:x"]
-)
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "sub/../../x", "..\\x", "C:x"])
 def test_an_index_that_leads_outside_is_refused(save, edit_json, name: str) -> None:
     folder = save("m", max_shard_size="5KB")
-    edit_json(
-        folder / "model.safetensors.index.json", lambda v: v["weight_map"].update({"classifier.bias": name})
-    )
+    edit_json(folder / "model.safetensors.index.json", lambda v: v["weight_map"].update({"classifier.bias": name}))
     refused(folder, name, "classifier.bias", "outside")
 
 
@@ -231,9 +223,7 @@ def test_a_tensor_under_its_old_and_new_name_is_refused(save, edit_weights) -> N
     folder = save("m")
     edit_weights(
         folder,
-        lambda t: t.update(
-            {"bert.embeddings.LayerNorm.gamma": t["bert.embeddings.LayerNorm.weight"].clone()}
-        ),
+        lambda t: t.update({"bert.embeddings.LayerNorm.gamma": t["bert.embeddings.LayerNorm.weight"].clone()}),
     )
     refused(folder, "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight", "twice")
 

@@ -126,9 +126,7 @@ def test_every_failure_of_the_hub_is_one_sentence(
         assert f"there is no folder {tmp_path / 'org/model@v9'}" in message
 
 
-@pytest.mark.parametrize(
-    "source", ["news", "./org/news", "a/b/c", "/no/such", "~/no-such-folder-here", "org/"]
-)
+@pytest.mark.parametrize("source", ["news", "./org/news", "a/b/c", "/no/such", "~/no-such-folder-here", "org/"])
 def test_what_can_only_be_a_path_is_never_looked_up(tmp_path: Path, hub: dict[str, Any], source: str) -> None:
     with pytest.raises(CheckpointError, match="there is no folder"):
         resolve(source, tmp_path, "base_model")

@@ -25,15 +25,12 @@ from bmm.errors import BMMError
 def tensors_for(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        info.name: torch.randint(0, 2, info.shape, generator=generator).to(torch_dtype(info.dtype))
-        for info in infos
+        info.name: torch.randint(0, 2, info.shape, generator=generator).to(torch_dtype(info.dtype)) for info in infos
     }
 
 
 INFOS = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 6), max_size=3).map(tuple), st.sampled_from(["F32", "BF16", "I64", "BOOL"])
-    ),
+    st.tuples(st.lists(st.integers(0, 6), max_size=3).map(tuple), st.sampled_from(["F32", "BF16", "I64", "BOOL"])),
     min_size=1,
     max_size=12,
 ).map(lambda parts: [TensorInfo(f"layer.{index}.weight", *part) for index, part in enumerate(parts)])
@@ -163,9 +160,7 @@ fill(Path(sys.argv[1]), [1] * 30, 2000, 4)  # the index is
 
 def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(target)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(target)], capture_output=True, text=True, check=True)
     assert (
         done.stdout.splitlines()
         == [f"{target} cannot be written: a file would be larger than allowed; raise `ulimit -f`"] * 2

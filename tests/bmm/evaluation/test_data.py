@@ -35,9 +35,7 @@ def task_of(**columns: str) -> TextClassification:
     return TextClassification(calibration=source, validation=source, test=source, **columns)
 
 
-def load(
-    folder: Path, labels: list[str] = LABELS, *, task: TextClassification | None = None, **source: Any
-) -> Split:
+def load(folder: Path, labels: list[str] = LABELS, *, task: TextClassification | None = None, **source: Any) -> Split:
     return load_split(SplitSource(**source), task or task_of(), labels, folder, "expert reviews, test")
 
 
@@ -184,21 +182,15 @@ def test_pairs_and_column_names(tmp_path: Path) -> None:
 
 
 def test_samples_are_seeded_without_replacement_in_file_order(reviews: Path) -> None:
-    samples = [
-        load(reviews, path="json", data_files="reviews.jsonl", rows=6, seed=seed) for seed in (0, 0, 1)
-    ]
-    places = [
-        [EXAMPLES.index({"text": row.text, "label": row.label}) for row in sample.rows] for sample in samples
-    ]
+    samples = [load(reviews, path="json", data_files="reviews.jsonl", rows=6, seed=seed) for seed in (0, 0, 1)]
+    places = [[EXAMPLES.index({"text": row.text, "label": row.label}) for row in sample.rows] for sample in samples]
     assert places[0] == places[1] != places[2]
     assert all(len(set(place)) == 6 and place == sorted(place) for place in places)
     assert load(reviews, path="json", data_files="reviews.jsonl", rows=10, seed=3).rows == expected(EXAMPLES)
 
 
 def test_slices_of_a_split(reviews: Path) -> None:
-    assert load(reviews, path="json", data_files="reviews.jsonl", split="train[2:4]").rows == expected(
-        EXAMPLES[2:4]
-    )
+    assert load(reviews, path="json", data_files="reviews.jsonl", split="train[2:4]").rows == expected(EXAMPLES[2:4])
 
 
 def test_saved_datasets_with_class_names(tmp_path: Path) -> None:
@@ -338,9 +330,7 @@ def test_an_overlap_is_described() -> None:
     long = "word " * 40
     splits = {
         "calibration": Split("c", (Row("own", None, 0),)),
-        "validation": Split(
-            "v", (Row("x", None, 0), Row(long, None, 0), Row("same", None, 0), Row("same", None, 1))
-        ),
+        "validation": Split("v", (Row("x", None, 0), Row(long, None, 0), Row("same", None, 0), Row("same", None, 1))),
         "test": Split("t", (Row("same ", None, 1), Row("\t" + long, None, 1))),
     }
     with pytest.raises(DataError) as caught:

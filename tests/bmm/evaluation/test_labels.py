@@ -68,9 +68,7 @@ def test_class_features_are_matched_by_name_not_by_id(feature: list[str], ids: l
 @pytest.mark.parametrize(
     ("feature", "labels"), [(["neg", "pos"], ["LABEL_0", "LABEL_1"]), (["0", "1"], ["negative", "positive"])]
 )
-def test_class_features_count_by_id_where_one_side_is_only_numbered(
-    feature: list[str], labels: list[str]
-) -> None:
+def test_class_features_count_by_id_where_one_side_is_only_numbered(feature: list[str], labels: list[str]) -> None:
     assert label_ids([1, 0], labels, "reviews", feature=feature) == [1, 0]
 
 

@@ -72,9 +72,7 @@ def test_experts_of_accuracy_zero() -> None:
 
 
 def test_resamples_without_a_right_expert_are_left_out() -> None:
-    interval = Bootstrap({"a": {"expert": made(1, 3), "merged": made(2, 3)}}, **SETTINGS).share_of_experts(
-        "merged"
-    )
+    interval = Bootstrap({"a": {"expert": made(1, 3), "merged": made(2, 3)}}, **SETTINGS).share_of_experts("merged")
     # A resample of three rows in which the expert is right once or more makes the share 1, 3/2, 2 or 3.
     assert 1 <= interval.low <= interval.high <= 3
 
@@ -99,9 +97,7 @@ def test_intervals_contain_the_point_estimates(correct: dict[str, dict[str, NDAr
 @pytest.mark.parametrize("share", [0.5, 0.9])
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
 def test_intervals_agree_with_the_normal_approximation(rows: int, share: float, confidence: float) -> None:
-    bootstrap = Bootstrap(
-        {"a": {"m": made(int(share * rows), rows)}}, samples=4000, seed=1, confidence=confidence
-    )
+    bootstrap = Bootstrap({"a": {"m": made(int(share * rows), rows)}}, samples=4000, seed=1, confidence=confidence)
     half = norm.ppf((1 + confidence) / 2) * np.sqrt(share * (1 - share) / rows)
     interval = bootstrap.accuracy("a", "m")
     assert interval.low == pytest.approx(share - half, abs=0.12 * half)
@@ -134,18 +130,14 @@ def test_differences_are_paired(correct: dict[str, dict[str, NDArray[np.bool_]]]
     assert bootstrap.difference("merged", "twin") == Interval(0.0, 0.0)
     for task in correct:
         assert bootstrap.difference("merged", "twin", task) == Interval(0.0, 0.0)
-        there, back = (
-            bootstrap.difference(*pair, task) for pair in (("merged", "anchor"), ("anchor", "merged"))
-        )
+        there, back = (bootstrap.difference(*pair, task) for pair in (("merged", "anchor"), ("anchor", "merged")))
         assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
 
 
 def test_pairing_narrows_the_difference_to_the_rows_that_differ() -> None:
     rows = 1000
     merged, anchor = made(700, rows), made(680, rows)
-    interval = Bootstrap({"a": {"merged": merged, "anchor": anchor}}, **SETTINGS).difference(
-        "merged", "anchor", "a"
-    )
+    interval = Bootstrap({"a": {"merged": merged, "anchor": anchor}}, **SETTINGS).difference("merged", "anchor", "a")
     half = 1.96 * np.sqrt(0.02 * 0.98 / rows)
     assert interval.low == pytest.approx(0.02 - half, abs=0.3 * half)
     assert interval.high == pytest.approx(0.02 + half, abs=0.3 * half)
@@ -202,9 +194,9 @@ def test_the_summary_is_the_metrics_part_of_merge_json() -> None:
     assert rows[2]["tasks"] == {"a": 0.6, "b": 0.75}
     assert rows[2]["mean"] == pytest.approx(0.675)
     assert rows[4]["share_of_experts"]["mean"] == mean["share_of_experts"]["merged"]
-    assert [rows[4]["share_of_experts"][end] for end in ("low", "high")] == mean["intervals"][
-        "share_of_experts"
-    ]["merged"]
+    assert [rows[4]["share_of_experts"][end] for end in ("low", "high")] == mean["intervals"]["share_of_experts"][
+        "merged"
+    ]
 
 
 @pytest.mark.parametrize(

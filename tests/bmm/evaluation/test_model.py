@@ -291,9 +291,7 @@ def test_rows_longer_than_the_positions(pico: Pico, family: str, positions: int)
     model = loaded(pico(family), max_length=64)
     fitting = Row(" ".join(["w1"] * (positions - 2)), None, 0)
     assert torch.isfinite(model.logits(model.tokenise([fitting]))).all()
-    with pytest.raises(
-        DataError, match=f"but the model has {positions} positions; set task.max_length to at most"
-    ):
+    with pytest.raises(DataError, match=f"but the model has {positions} positions; set task.max_length to at most"):
         model.tokenise([Row(fitting.text + " w1", None, 0)])
 
 

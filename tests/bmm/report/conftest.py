@@ -91,9 +91,7 @@ def make_document(names: tuple[str, ...] = TASKS, *, layers: int = 6, trials: in
                 "seconds": 1.5 + place,
                 "key": digest(stage),
             }
-            for place, stage in enumerate(
-                ("load", "vectors", "grams", "anchor", "search", "evaluate", "publish")
-            )
+            for place, stage in enumerate(("load", "vectors", "grams", "anchor", "search", "evaluate", "publish"))
         },
         "data": {
             name: {
@@ -170,13 +168,9 @@ def _coverage(layers: int, draw: random.Random) -> list[dict[str, Any]]:
                 "condition": 10 ** draw.uniform(3, 8),
             }
             if (layer, kind) == (0, "attention.self.key"):
-                rows.append(
-                    {"parameter": f"{name}.weight", "shape": shape, "treatment": "anchored", **nothing}
-                )
+                rows.append({"parameter": f"{name}.weight", "shape": shape, "treatment": "anchored", **nothing})
             else:
-                rows.append(
-                    {"parameter": f"{name}.weight", "shape": shape, "treatment": "regressed", **regressed}
-                )
+                rows.append({"parameter": f"{name}.weight", "shape": shape, "treatment": "regressed", **regressed})
             rows.append({"parameter": f"{name}.bias", "shape": shape[:1], "treatment": "anchored", **nothing})
     rows.append({"parameter": "embeddings.position_ids", "shape": [1, 512], "treatment": "copied", **nothing})
     return rows

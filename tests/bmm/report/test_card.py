@@ -57,9 +57,7 @@ def output_folder(folder, family, task, travels):
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
     prefix = expert.base_model_prefix + "."
     head = {
-        name: value
-        for name, value in expert.state_dict().items()
-        if not name.startswith(prefix) or travels in name
+        name: value for name, value in expert.state_dict().items() if not name.startswith(prefix) or travels in name
     }
     (folder / "heads").mkdir()
     config = json.dumps({**expert.config.to_dict(), "architectures": [model_class.__name__]})
@@ -126,10 +124,7 @@ def test_the_card_holds_the_documents_numbers_and_digests(document):
 def test_tables_are_whole_whatever_the_names(make):
     document = make(("<script>alert(1)</script>", "a | b `c` [d](e)"))
     text = model_card(document)
-    assert (
-        "<script>"
-        not in text.replace(re.search(r"```python.*?```", text, re.DOTALL)[0], "").split("````yaml")[0]
-    )
+    assert "<script>" not in text.replace(re.search(r"```python.*?```", text, re.DOTALL)[0], "").split("````yaml")[0]
     for line in text.splitlines():
         if line.startswith("| ") and "accuracy" in line:
             assert len(re.findall(r"(?<!\\)\|", line)) == 9

@@ -42,9 +42,7 @@ def outside(figure):
         return found
 
 
-@pytest.mark.parametrize(
-    ("count", "layers", "trials"), [(1, 1, 1), (2, 2, 3), (4, 6, 24), (9, 12, 40), (20, 48, 100)]
-)
+@pytest.mark.parametrize(("count", "layers", "trials"), [(1, 1, 1), (2, 2, 3), (4, 6, 24), (9, 12, 40), (20, 48, 100)])
 def test_no_text_leaves_the_canvas(make, count, layers, trials):
     names = (*LONG, *(f"task-{index}" for index in range(18)))[:count]
     built = build(make(names, layers=layers, trials=trials))
@@ -56,13 +54,9 @@ def test_no_text_leaves_the_canvas(make, count, layers, trials):
 def test_no_text_leaves_the_canvas_with_odd_searches_and_long_module_names(document):
     for trial in document["search"]["trials"]:
         trial["objective"] = 0.3 if trial["index"] == 9 else trial["objective"]
-        trial["origin"] = ("anchor", "global", "sobol", "bayesian", "an origin nobody knows")[
-            trial["index"] % 5
-        ]
+        trial["origin"] = ("anchor", "global", "sobol", "bayesian", "an origin nobody knows")[trial["index"] % 5]
     for index, entry in enumerate(document["coverage"]):
-        entry["parameter"] = entry["parameter"].replace(
-            "output.dense", "a.module.type.with.a.very.long.name.in.it"
-        )
+        entry["parameter"] = entry["parameter"].replace("output.dense", "a.module.type.with.a.very.long.name.in.it")
         entry["parameter"] = ("text_model." if index % 2 else "vision_model.") + entry["parameter"]
     for name, figure in build(document).items():
         assert outside(figure) == [], name

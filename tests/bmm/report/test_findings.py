@@ -16,10 +16,7 @@ def test_the_opening_says_what_was_kept(document):
     text = findings.opening(document)
     value, interval = findings.share(document, "merged")
     assert text.startswith("Four experts became one model: it keeps ")
-    assert (
-        f"{100 * value:.1f} % ({100 * interval[0]:.1f}–{100 * interval[1]:.1f}) of their test accuracy"
-        in text
-    )
+    assert f"{100 * value:.1f} % ({100 * interval[0]:.1f}–{100 * interval[1]:.1f}) of their test accuracy" in text
     assert "the best anchor alone, WUDI, keeps 96.9 %" in text
 
 
@@ -71,9 +68,7 @@ def test_treatments_add_up(document):
     totals = findings.treatments(document)
     assert [total.treatment for total in totals] == ["regressed", "anchored", "averaged", "copied"]
     assert sum(total.parameters for total in totals) == len(document["coverage"])
-    assert sum(total.weights for total in totals) == sum(
-        prod(entry["shape"]) for entry in document["coverage"]
-    )
+    assert sum(total.weights for total in totals) == sum(prod(entry["shape"]) for entry in document["coverage"])
     assert sum(total.share for total in totals) == pytest.approx(1)
 
 
@@ -102,8 +97,7 @@ def test_takeaways_are_computed_from_the_document(document):
     assert "ahead of WUDI" in said["methods"]
     document["methods"][-1]["share_of_experts"] = {"mean": 0.95, "low": 0.945, "high": 0.955}
     assert (
-        "ranks 4 of 7, 1.9 points of share behind WUDI (the intervals do not overlap)"
-        in takeaways(document)["methods"]
+        "ranks 4 of 7, 1.9 points of share behind WUDI (the intervals do not overlap)" in takeaways(document)["methods"]
     )
 
 

@@ -37,9 +37,7 @@ def test_an_infinite_lambda_is_the_anchor(document):
 
 
 def test_one_row_and_one_column_are_enough(document):
-    document["coverage"] = [
-        e for e in document["coverage"] if e["parameter"] == "encoder.layer.0.output.dense.weight"
-    ]
+    document["coverage"] = [e for e in document["coverage"] if e["parameter"] == "encoder.layer.0.output.dense.weight"]
     assert list(cells(document)) == [("MLP out", "0")]
     assert lambda_map(document) is not None
 

@@ -101,10 +101,7 @@ def test_the_tables_hold_the_documents_numbers(document, no_figures):
         assert tasks[name][5] == str(entry["rows"])
     mean = document["metrics"]["test"]["mean"]
     assert tasks["mean over the tasks"][3] == f"{100 * mean['merged']:.1f}"
-    assert (
-        tasks["share of the experts' mean"][3].split("|")[0]
-        == f"{100 * mean['share_of_experts']['merged']:.1f}"
-    )
+    assert tasks["share of the experts' mean"][3].split("|")[0] == f"{100 * mean['share_of_experts']['merged']:.1f}"
     methods = next(table for table in tables if table[0][0] == "method")
     assert sorted(row[1] for row in methods[1:]) == sorted(
         f"{100 * row['share_of_experts']['mean']:.1f}" for row in document["methods"]
@@ -121,9 +118,7 @@ def test_the_tables_hold_the_documents_numbers(document, no_figures):
     for row, entry in zip(coverage[1:], document["coverage"], strict=True):
         assert row[:3] == [entry["parameter"], " × ".join(map(str, entry["shape"])), entry["treatment"]]
         assert row[4] == ("" if entry["lambda"] is None else f"{entry['lambda']:.2g}")
-    conditions = next(
-        table for table in tables if table[0] == ["parameter", "group", "λ", "condition number"]
-    )
+    conditions = next(table for table in tables if table[0] == ["parameter", "group", "λ", "condition number"])
     worst = sorted((e["condition"] for e in document["coverage"] if e["condition"]), reverse=True)
     assert [row[3] for row in conditions[1:]] == [f"{value:.3g}" for value in worst[:8]]
 

@@ -35,9 +35,7 @@ def test_the_share_has_its_interval(document):
 
 @pytest.mark.parametrize("count", [1, 2, 20])
 def test_eighty_columns_are_enough_and_nothing_is_cut(make, count):
-    names = ("a-task-name-of-exactly-forty-characters.", "t" * 64, *(f"task-{index}" for index in range(18)))[
-        :count
-    ]
+    names = ("a-task-name-of-exactly-forty-characters.", "t" * 64, *(f"task-{index}" for index in range(18)))[:count]
     text = shown(make(names))
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text

@@ -71,9 +71,7 @@ def test_sobol_points_lie_in_the_box_around_the_best() -> None:
     for index in range(8, 8 + sobol_points(SPACE)):
         origin, point = propose(SPACE, history, 0, index)
         assert origin == "sobol"
-        assert all(
-            low <= value <= high for low, value, high in zip(region.lower, point, region.upper, strict=True)
-        )
+        assert all(low <= value <= high for low, value, high in zip(region.lower, point, region.upper, strict=True))
         seen.add(point)
         history.append(a_trial(SPACE, index, origin, point, -9.0))
     assert len(seen) == sobol_points(SPACE)
@@ -98,9 +96,7 @@ def test_a_proposal_depends_on_the_logged_history_alone(noise: float | None) -> 
         torch.set_num_threads(threads)
     region = trust_region(history)
     assert first[0] == "bayesian"
-    assert all(
-        low <= value <= high for low, value, high in zip(region.lower, first[1], region.upper, strict=True)
-    )
+    assert all(low <= value <= high for low, value, high in zip(region.lower, first[1], region.upper, strict=True))
 
 
 def test_seed_and_index_tell_draws_apart() -> None:
@@ -142,9 +138,7 @@ def test_without_a_complete_trial_there_is_nothing_to_search_around() -> None:
 
 
 @pytest.mark.parametrize("failure", ["not positive definite", "fit", "nan"])
-def test_a_numerical_failure_falls_back_to_a_seeded_draw(
-    failure: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_numerical_failure_falls_back_to_a_seeded_draw(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import botorch.fit
     import botorch.optim
     from botorch.exceptions import ModelFittingError

@@ -88,9 +88,7 @@ def test_the_global_line_is_evenly_spaced_inside_the_bounds() -> None:
     assert {setting.gamma for setting in first} == {1.0}
 
 
-@pytest.mark.parametrize(
-    "point", [(0.5,), (0.5,) * 5, (0.5, 0.5, 0.5, 1.1), (0.5, -0.1, 0.5, 0.5), (math.nan,) * 4]
-)
+@pytest.mark.parametrize("point", [(0.5,), (0.5,) * 5, (0.5, 0.5, 0.5, 1.1), (0.5, -0.1, 0.5, 0.5), (math.nan,) * 4])
 def test_decode_refuses_what_is_not_in_the_cube(point: tuple[float, ...]) -> None:
     with pytest.raises(BMMError, match="4 coordinates"):
         a_space().decode(point)

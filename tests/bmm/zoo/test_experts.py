@@ -23,12 +23,7 @@ FEW = TrainingSettings(steps=30, batch_size=4, max_length=8, learning_rate=5e-3,
 
 def make_rows() -> TaskRows:
     numbers = ("one", "two", "three", "four", "five", "six")
-    rows = [
-        (f"{word} {a} {b}", kind)
-        for a in numbers
-        for b in numbers
-        for word, kind in (("red", "R"), ("blue", "B"))
-    ]
+    rows = [(f"{word} {a} {b}", kind) for a in numbers for b in numbers for word, kind in (("red", "R"), ("blue", "B"))]
     return TaskRows(("B", "R"), rows[:40], rows[40:50], rows[50:60], rows[60:])
 
 
@@ -42,9 +37,7 @@ def share_right(model: Any, tokenizer: Any, rows: list[Row]) -> float:
 def test_an_expert_is_an_ordinary_checkpoint_and_learns(pico_base: Path, tmp_path: Path) -> None:
     rows = make_rows()
     folder = tmp_path / "experts" / "colours"
-    document = train_expert(
-        "colours", pico_base, rows, folder, FEW, measure=True, card="---\nlicense: mit\n---\n"
-    )
+    document = train_expert("colours", pico_base, rows, folder, FEW, measure=True, card="---\nlicense: mit\n---\n")
     assert json.loads((folder / "expert.json").read_text()) == document
     assert document["accuracy"]["expert"]["test"] == 1.0
     model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -50,9 +50,7 @@ def zoo(pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     numbers = ("one", "two", "three", "four", "five", "six")
     texts = [f"{word} {a} {b}" for word in ("red", "blue") for a in numbers for b in numbers]
     sources = {
-        name: Source(
-            pack(name, {"rows.txt": "\n".join(f"{name} {text}" for text in texts).encode()}), name, _read
-        )
+        name: Source(pack(name, {"rows.txt": "\n".join(f"{name} {text}" for text in texts).encode()}), name, _read)
         for name in ("sea", "sun")
     }
     monkeypatch.setattr(layout, "SOURCES", sources)
@@ -63,9 +61,7 @@ def zoo(pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def marks(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:

@@ -75,9 +75,7 @@ def test_another_file_under_the_same_name_is_refused(registry: Path, tmp_path: P
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_wrong_digest_after_the_download_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_digest_after_the_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Package("tinyset", "1.0.0", "tinyset.whl", "0" * 64, 5, "mit")
 
     def deliver(package: Package, staging: Path, bar: Bar | None) -> None:

@@ -19,9 +19,7 @@ from bmm.zoo.recipe_text import ExpertEntry, recipe_text
     st.integers(1, 99),
 )
 @settings(max_examples=25, deadline=None)
-def test_the_text_is_the_recipe_asked_for(
-    names: list[str], max_length: int, anchor: str, trials: int
-) -> None:
+def test_the_text_is_the_recipe_asked_for(names: list[str], max_length: int, anchor: str, trials: int) -> None:
     text = recipe_text(
         [ExpertEntry(name, f"what a {name} is") for name in names],
         file="recipe.yaml",

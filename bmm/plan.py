@@ -1,0 +1,178 @@
+"""What a merge will need before it starts: which stages are done, and how much disk and memory the rest takes.
+
+Estimates come from headers and row counts; no weight is read. A plan that cannot fit is refused by `require_fit`, the
+worst shortage first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.layout import encoder_prefix
+from bmm.checkpoint.reader import Checkpoint
+from bmm.disk import free_bytes
+from bmm.errors import OutputError, RecipeError
+from bmm.pipeline import STAGES
+from bmm.recipe import Recipe
+from bmm.requests import Requests
+from bmm.sizes import parse_bytes, readable_bytes
+from bmm.sources import Inputs
+from bmm.stages.request import Result, recorded
+from bmm.store import Store
+
+_FLOAT32, _FLOAT64 = 4, 8
+# What Python, torch and transformers take before a weight is loaded (measured: about 450 MiB a process).
+_PROCESS_BYTES = 450 * 2**20
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: whether it is done, what it writes to the store, and the memory that it needs at its peak."""
+
+    stage: str
+    cached: bool
+    disk_bytes: int
+    memory_bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, and what there is to meet them."""
+
+    stages: tuple[StagePlan, ...]
+    output_bytes: int
+    store: Path
+    output: Path
+    store_free: int
+    output_free: int
+    memory_total: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that will be written to the store."""
+        return sum(stage.disk_bytes for stage in self.stages if not stage.cached)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the hungriest stage that has to run."""
+        return max((stage.memory_bytes for stage in self.stages if not stage.cached), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {
+            "stages": [dict(vars(stage)) for stage in self.stages],
+            "disk_bytes": self.disk_bytes,
+            "output_bytes": self.output_bytes,
+            "memory_bytes": self.memory_bytes,
+            "free": {"store": self.store_free, "output": self.output_free, "memory": self.memory_total},
+            "store": str(self.store),
+            "output": str(self.output),
+        }
+
+
+def cached_results(recipe: Recipe, inputs: Inputs, store: Store) -> dict[str, Result]:
+    """Return the results of the stages that need not run, from the first up to the first that must."""
+    requests = Requests(recipe, inputs)
+    results: dict[str, Result] = {}
+    for stage in STAGES:
+        found = None if store.fresh else recorded(store, requests.build(stage, results))
+        if found is None:
+            break
+        results[stage] = found
+    return results
+
+
+def make_plan(recipe: Recipe, inputs: Inputs, store: Store) -> Plan:
+    """Estimate what the merge needs, from the headers of its checkpoints."""
+    done = cached_results(recipe, inputs, store)
+    with Checkpoint.open(Path(inputs.base.path)) as base:
+        names = encoder_names(base, encoder_prefix(base.config))
+        shapes = {name: base.info(stored).shape for name, stored in names.items()}
+        output_bytes = sum(base.info(stored).nbytes for stored in names.values())
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "embedding" not in name}
+    experts = len(inputs.experts)
+    gram = sum(inputs_ * inputs_ for _, inputs_ in _distinct_inputs(matrices).values()) * _FLOAT64
+    factors = gram + sum(math.prod(shape) for shape in matrices.values()) * _FLOAT64
+    model = weights * _FLOAT32
+    shards = sum(
+        math.ceil((expert.task.calibration.rows or 256) / recipe.grams.shard_rows) for expert in recipe.experts
+    )
+    workers = recipe.cluster.workers
+    compared = len(recipe.evaluation.compare)
+    shown = {
+        "experts": (0, _PROCESS_BYTES + model),
+        "task-vectors": (0, _PROCESS_BYTES),
+        "grams": (gram * (experts + shards), workers * (_PROCESS_BYTES + model + 2 * gram)),
+        "anchor": (model, _PROCESS_BYTES + model),
+        "search": (output_bytes, _PROCESS_BYTES + 4 * model + factors + gram // max(len(matrices), 1) * experts),
+        "evaluate": (model * compared, _PROCESS_BYTES + 3 * model),
+        "publish": (output_bytes, _PROCESS_BYTES),
+    }
+    notes = {
+        "grams": f"{shards} shards, {workers} workers, each needs {(_PROCESS_BYTES + model + 2 * gram) / 2**30:.1f} GiB"
+    }
+    stages = tuple(
+        StagePlan(name, name in done, disk, memory, notes.get(name, "")) for name, (disk, memory) in shown.items()
+    )
+    output = recipe.resolve(recipe.output)
+    return Plan(
+        stages=stages,
+        output_bytes=output_bytes,
+        store=store.root,
+        output=output,
+        store_free=free_bytes(store.root),
+        output_free=free_bytes(output),
+        memory_total=psutil.virtual_memory().total,
+    )
+
+
+def require_fit(plan: Plan, recipe: Recipe) -> None:
+    """Refuse a plan that cannot fit, naming the worst shortage and what to change.
+
+    Raises:
+        OutputError: too little disk for the store or the output.
+        RecipeError: too little memory, in all or for a worker.
+    """
+    shortages: list[tuple[float, Exception]] = []
+    for what, needed, free, remedy in (
+        (f"the store {plan.store}", plan.disk_bytes, plan.store_free, "name another disk with --store or prune it"),
+        (f"the output {plan.output}", plan.output_bytes, plan.output_free, "name another folder with 'output'"),
+    ):
+        if needed > free:
+            message = (
+                f"{what} needs {readable_bytes(needed)} but its disk is full but for {readable_bytes(free)}; {remedy}"
+            )
+            shortages.append((needed / max(free, 1), OutputError(message)))
+    if plan.memory_bytes > plan.memory_total:
+        hungriest = max((stage for stage in plan.stages if not stage.cached), key=lambda stage: stage.memory_bytes)
+        message = (
+            f"the stage '{hungriest.stage}' needs {readable_bytes(hungriest.memory_bytes)} of memory, this machine has "
+            f"{readable_bytes(plan.memory_total)}; lower cluster.workers or use a larger machine"
+        )
+        shortages.append((plan.memory_bytes / plan.memory_total, RecipeError(message)))
+    grams = next(stage for stage in plan.stages if stage.stage == "grams")
+    each, limit = grams.memory_bytes // recipe.cluster.workers, parse_bytes(recipe.cluster.memory_limit)
+    if not grams.cached and each > limit:
+        message = (
+            f"'cluster.memory_limit' is {readable_bytes(limit)}, but a worker needs {readable_bytes(each)}; raise it"
+        )
+        shortages.append((each / limit, RecipeError(message)))
+    if shortages:
+        raise max(shortages, key=lambda shortage: shortage[0])[1]
+
+
+def _distinct_inputs(matrices: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Drop matrices that surely share their input with another (key and value beside query)."""
+    return {
+        name: shape
+        for name, shape in matrices.items()
+        if not any(part in name for part in (".key.", ".value.", ".k_lin.", ".v_lin.", ".k_proj.", ".v_proj."))
+    }

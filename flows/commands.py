@@ -1,0 +1,186 @@
+"""What the commands do: each returns plain JSON values, and raises `BMMError` when it cannot.
+
+How results are shown is `flows.show`; words and exit codes are `flows.cli`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from bmm.errors import UserError
+from bmm.recipe import Recipe
+from bmm.store import Store
+
+
+def prepare_demo(folder: Path, experts: Literal["four", "all"]) -> Path:
+    """Make or complete the demo's base, data and experts; return its recipe."""
+    from bmm.zoo.layout import prepare
+
+    return prepare(folder, experts)
+
+
+def init(folder: Path, *, force: bool) -> dict[str, Any]:
+    """Write a recipe for the experts in a folder."""
+    from bmm.starter import write_recipe
+
+    return write_recipe(folder, force=force)
+
+
+def plan(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
+    """Return the plan of a merge, or refuse it."""
+    from bmm.plan import make_plan, require_fit
+    from bmm.sources import fingerprint_inputs
+
+    recipe = _recipe(path)
+    made = make_plan(recipe, fingerprint_inputs(recipe), Store.open(store, fresh=fresh))
+    require_fit(made, recipe)
+    return made.to_json()
+
+
+def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[str, Any]:
+    """Run a merge, as a Prefect flow or in this process, and log it to MLflow."""
+    from bmm.plan import make_plan, require_fit
+    from bmm.sources import fingerprint_inputs
+
+    started = time.perf_counter()
+    recipe = _recipe(path)
+    opened = Store.open(store, fresh=fresh)
+    # Everything that can be refused without work is refused here, before a server or a worker starts.
+    require_fit(make_plan(recipe, fingerprint_inputs(recipe), opened), recipe)
+    outcome = _merge_with_prefect(recipe, opened) if server else _merge_here(recipe, opened)
+    merged, tracked = outcome.merge, outcome.tracked
+    return {
+        "output": str(merged.output),
+        "report": str(merged.output / "report.html"),
+        "store": str(opened.root),
+        "seconds": time.perf_counter() - started,
+        "share_of_experts": merged.document["metrics"]["test"]["mean"]["share_of_experts"],
+        "stages": merged.document["stages"],
+        "mlflow": asdict(tracked) if tracked else None,
+        "mlflow_error": outcome.tracking_error,
+    }
+
+
+def _merge_with_prefect(recipe: Recipe, store: Store) -> Any:
+    from flows.merge import merge_flow
+
+    return merge_flow(recipe.document(), str(recipe.folder), str(store.root), store.fresh)
+
+
+def _merge_here(recipe: Recipe, store: Store) -> Any:
+    from bmm.pipeline import perform_here, run
+    from tasks.tracking import track_or_explain
+
+    merged = run(recipe, store, perform_here)
+    return track_or_explain(store, merged, enabled=recipe.tracking.enabled)
+
+
+def grams(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
+    """Run the stages up to the Gram matrices."""
+    from bmm.grams.store import GramReader
+    from bmm.pipeline import perform_here, run_stages
+    from bmm.sources import fingerprint_inputs
+
+    recipe = _recipe(path)
+    opened = Store.open(store, fresh=fresh)
+    results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, ("experts", "task-vectors", "grams"))
+    experts = []
+    for expert in recipe.experts:
+        reference = results["grams"].reference("experts", expert.name)
+        artefact = opened.read(reference)
+        reader = GramReader(artefact.file("grams.zarr"))
+        names = reader.names()
+        experts.append(
+            {
+                "expert": expert.name,
+                "key": reference.key,
+                "digest": reference.digest,
+                "path": str(artefact.file("grams.zarr")),
+                "matrices": len(names),
+                "rows": max(reader.rows(name) for name in names),
+                "bytes": sum(entry["bytes"] for entry in artefact.manifest["files"].values()),
+            }
+        )
+    return {"state": results["grams"].state, "seconds": results["grams"].seconds, "experts": experts}
+
+
+def evaluate(model: str, path: Path, split: Literal["validation", "test"], store: str | None) -> dict[str, Any]:
+    """Evaluate a checkpoint with the experts' heads on the recipe's tasks."""
+    from bmm.pipeline import perform_here, run_stages
+    from bmm.sources import fingerprint_inputs, fingerprint_model
+    from bmm.stages.evaluate import evaluate_checkpoint
+    from bmm.stages.request import Work
+
+    recipe = _recipe(path)
+    found = fingerprint_model(model, recipe.folder if not Path(model).exists() else Path.cwd(), "MODEL")
+    inputs = fingerprint_inputs(recipe, check_output_folder=False)
+    opened = Store.open(store)
+    results = run_stages(recipe, inputs, opened, perform_here, ("experts",))
+    return evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split)
+
+
+def report(run: Path, store: str | None) -> dict[str, Any]:
+    """Rebuild the report of an output folder, or of a recipe whose stages are all finished."""
+    from bmm.publication import export, read_document, rewrite_report
+
+    if run.is_dir():
+        rewrite_report(run, read_document(run))
+        return {"output": str(run), "report": str(run / "report.html")}
+    from bmm.document import build_document
+    from bmm.pipeline import STAGES
+    from bmm.plan import cached_results
+    from bmm.sources import fingerprint_inputs
+    from bmm.stages.request import Work
+
+    recipe = _recipe(run)
+    inputs = fingerprint_inputs(recipe)
+    opened = Store.open(store)
+    results = cached_results(recipe, inputs, opened)
+    missing = [stage for stage in STAGES if stage not in results]
+    if missing:
+        raise UserError(f"{run} has not been merged yet (first missing stage: {missing[0]}); run `bmm merge {run}`")
+    work = Work(opened)
+    output = recipe.resolve(recipe.output)
+    export(work.read(results["publish"].reference("model")), build_document(recipe, inputs, results, work), output)
+    return {"output": str(output), "report": str(output / "report.html")}
+
+
+def store_list(store: str | None) -> dict[str, Any]:
+    """List the artefacts."""
+    opened = Store.open(store)
+    entries = [
+        {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "made": entry.made, "used": entry.used}
+        for entry in opened.entries()
+    ]
+    return {"store": str(opened.root), "artefacts": entries, "bytes": sum(entry["bytes"] for entry in entries)}
+
+
+def store_verify(store: str | None) -> dict[str, Any]:
+    """Read every artefact and name the damaged ones."""
+    opened = Store.open(store)
+    damaged = [
+        {"kind": entry.kind, "key": entry.key, "path": str(entry.path), "reason": reason}
+        for entry, reason in opened.verify()
+    ]
+    return {"store": str(opened.root), "checked": len(opened.entries()), "damaged": damaged}
+
+
+def store_prune(store: str | None, older_than_days: float, *, dry_run: bool) -> dict[str, Any]:
+    """Remove what was not used for a while, and what killed runs left."""
+    opened = Store.open(store)
+    old = [entry for entry in opened.entries() if entry.used < time.time() - older_than_days * 86400]
+    removed = old if dry_run else [entry for entry in old if opened.remove(entry)]
+    leftovers = 0 if dry_run else opened.remove_leftovers()
+    return {
+        "store": str(opened.root),
+        "artefacts": len(removed),
+        "bytes": sum(entry.bytes for entry in removed),
+        "leftovers": leftovers,
+    }
+
+
+def _recipe(path: Path) -> Recipe:
+    return Recipe.from_yaml(path)

@@ -1,0 +1,130 @@
+"""How results look on a terminal. Numbers are only put in place here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from bmm.report.table import console_table
+from bmm.sizes import readable_bytes
+
+
+def merge_summary(found: Mapping[str, Any], document: Mapping[str, Any]) -> list[RenderableType]:
+    """Return what a person sees at the end of a merge: the tables, then where things are."""
+    cached = [name for name, stage in found["stages"].items() if stage["state"] == "cached"]
+    stages = "every stage cached" if len(cached) == len(found["stages"]) else _stages(found["stages"])
+    lines: list[RenderableType] = [
+        console_table(document),
+        "",
+        *(f"[yellow]note[/yellow]   {escape(note)}" for note in document["notes"]),
+        f"[bold]model[/bold]   {escape(found['output'])}",
+        f"[bold]report[/bold]  {escape(found['report'])}",
+    ]
+    if found["mlflow"]:
+        lines.append(f"[bold]mlflow[/bold]  run {found['mlflow']['run_id']} at {escape(found['mlflow']['uri'])}")
+    elif found["mlflow_error"]:
+        lines.append(
+            f"[yellow]mlflow[/yellow]  not logged ({escape(found['mlflow_error'])}); the next merge tries again"
+        )
+    lines.append(f"[bold]time[/bold]    {found['seconds']:.1f} s; {stages}")
+    return lines
+
+
+def _stages(stages: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} cached" if stage["state"] == "cached" else f"{name} {stage['seconds']:.1f} s"
+        for name, stage in stages.items()
+    )
+
+
+def plan_table(found: Mapping[str, Any]) -> Table:
+    """Return the plan as a table."""
+    free = found["free"]
+    table = _table(
+        f"disk {readable_bytes(found['disk_bytes'])} of {readable_bytes(free['store'])} free in the store, "
+        f"{readable_bytes(found['output_bytes'])} for the output; memory {readable_bytes(found['memory_bytes'])} of {readable_bytes(free['memory'])}"
+    )
+    table.add_column("stage")
+    table.add_column("state")
+    table.add_column("disk", justify="right")
+    table.add_column("memory", justify="right")
+    table.add_column("")
+    for stage in found["stages"]:
+        if stage["cached"]:
+            table.add_row(stage["stage"], "[green]cached[/green]", "", "", "")
+        else:
+            table.add_row(
+                stage["stage"],
+                "to do",
+                readable_bytes(stage["disk_bytes"]),
+                readable_bytes(stage["memory_bytes"]),
+                stage["note"],
+            )
+    return table
+
+
+def gram_table(found: Mapping[str, Any]) -> Table:
+    """Return the Gram artefacts as a table."""
+    table = _table(f"{found['state']} in {found['seconds']:.1f} s")
+    table.add_column("expert")
+    table.add_column("matrices", justify="right")
+    table.add_column("rows", justify="right")
+    table.add_column("size", justify="right")
+    table.add_column("artefact", overflow="fold")
+    for entry in found["experts"]:
+        table.add_row(
+            escape(entry["expert"]),
+            str(entry["matrices"]),
+            f"{entry['rows']:,}",
+            readable_bytes(entry["bytes"]),
+            escape(entry["path"]),
+        )
+    return table
+
+
+def evaluation_table(found: Mapping[str, Any]) -> Table:
+    """Return a checkpoint's accuracy by task beside the experts'."""
+    share = found["share_of_experts"]
+    table = _table(
+        f"{share['mean']:.1%} of the experts' mean ({share['low']:.1%} to {share['high']:.1%}), {found['split']} rows"
+    )
+    for name, justify in (("task", "left"), ("rows", "right"), ("expert", "right"), ("model", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for task, entry in found["tasks"].items():
+        table.add_row(escape(task), str(entry["rows"]), f"{entry['expert']:.1%}", f"{entry['model']:.1%}")
+    return table
+
+
+def store_table(found: Mapping[str, Any]) -> Table:
+    """Return the store's artefacts as a table."""
+    table = _table(
+        f"{len(found['artefacts'])} artefacts, {readable_bytes(found['bytes'])}, in {escape(found['store'])}"
+    )
+    table.add_column("kind")
+    table.add_column("key")
+    table.add_column("size", justify="right")
+    table.add_column("made", justify="right")
+    table.add_column("used", justify="right")
+    for entry in found["artefacts"]:
+        table.add_row(
+            entry["kind"], entry["key"][:12], readable_bytes(entry["bytes"]), _ago(entry["made"]), _ago(entry["used"])
+        )
+    return table
+
+
+def _table(caption: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"

@@ -1,0 +1,175 @@
+"""Pico experts for every test that needs whole merges: real checkpoints, trained for a moment, in a temporary folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+WORDS = [f"w{index}" for index in range(60)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LABELS = ["yes", "no"]
+ROWS = {"training": 240, "calibration": 48, "validation": 60, "test": 60}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep caches, the store and Prefect's home of the whole session out of the user's home."""
+    home = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    patch.setenv("HF_HOME", str(home / "huggingface"))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("PREFECT_HOME", str(home / "prefect"))
+    patch.setenv("PREFECT_RESULTS_LOCAL_STORAGE_PATH", str(home / "prefect" / "storage"))
+    patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    for name in ("BMM_STORE", "BMM_ALLOWED_FOLDERS", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        patch.delenv(name, raising=False)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def pico_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, three experts, their data and a recipe, built once; copy it, don't change it."""
+    folder = tmp_path_factory.mktemp("pico")
+    build_pico(folder, experts=3)
+    return folder
+
+
+@pytest.fixture
+def pico(pico_source: Path, tmp_path: Path) -> Path:
+    """A copy of the pico folder that a test may change; its recipe is `recipe.yaml`."""
+    folder = tmp_path / "pico"
+    shutil.copytree(pico_source, folder)
+    return folder
+
+
+@pytest.fixture
+def edit_recipe() -> Callable[..., Path]:
+    """Return a function that sets top-level keys of a folder's recipe (None removes) and returns the recipe's path."""
+
+    def edit(folder: Path, **changes: Any) -> Path:
+        path = folder / "recipe.yaml"
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe.update(changes)
+        recipe = {key: value for key, value in recipe.items() if value is not None}
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return path
+
+    return edit
+
+
+def build_pico(folder: Path, experts: int) -> None:
+    """Build base, experts, data and recipe: BERT of two layers, 16 wide, on made-up sentences of made-up words."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    tokenizer = pico_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    entries = []
+    for index in range(experts):
+        name = f"task{index}"
+        rows = pico_rows(index)
+        train_pico(folder / "base", folder / "experts" / name, rows["training"], tokenizer, seed=index)
+        data = folder / "data" / name
+        data.mkdir(parents=True)
+        for split in ("calibration", "validation", "test"):
+            text = "".join(json.dumps(row) + "\n" for row in rows[split])
+            (data / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        splits = {
+            split: {"path": "json", "data_files": f"data/{name}/{split}.jsonl"}
+            for split in ("calibration", "validation", "test")
+        }
+        task = {"kind": "text-classification", "max_length": 16, **splits}
+        entries.append({"name": name, "model": f"./experts/{name}", "task": task})
+    recipe = {
+        "base_model": "./base",
+        "experts": entries,
+        "output": "./merged",
+        "anchor": {"method": "wudi"},
+        "grams": {"shard_rows": 24},
+        "search": {"per": "type", "trials": 10},
+        "evaluation": {"bootstrap_samples": 200},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
+def pico_tokenizer() -> Any:
+    """Return a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def pico_rows(index: int) -> dict[str, list[dict[str, str]]]:
+    """Return distinct rows of each split: the class says whether words of the task's own set are frequent."""
+    generator = random.Random(index)
+    own = set(WORDS[10 * index : 10 * index + 20])
+    texts: dict[str, str] = {}
+    while len(texts) < sum(ROWS.values()):
+        words = [generator.choice(WORDS) for _ in range(generator.randint(4, 12))]
+        share = sum(word in own for word in words) / len(words)
+        texts.setdefault(" ".join(words), "yes" if share > 1 / 3 else "no")
+    rows = iter([{"text": text, "label": label} for text, label in texts.items()])
+    return {split: [next(rows) for _ in range(count)] for split, count in ROWS.items()}
+
+
+def train_pico(base: Path, target: Path, rows: list[dict[str, str]], tokenizer: Any, seed: int) -> None:
+    """Fine-tune an ordinary sequence classifier for a moment."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    names = dict(enumerate(LABELS))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(LABELS), id2label=names, label2id={name: index for index, name in names.items()}
+    )
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for start in [*range(0, len(rows), 20)] * 4:
+        batch = rows[start : start + 20]
+        inputs = tokenizer([row["text"] for row in batch], padding=True, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        labels = torch.tensor([LABELS.index(row["label"]) for row in batch])
+        model(**inputs, labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    torch.set_num_threads(threads)
