@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bmm.errors import OutputError
+from bmm.errors import OutputError, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -28,7 +28,9 @@ def explained(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _refusal(error)
+        # A file of the user's that may not be read has its own sentence already.
+        said = isinstance(error, UserError) and not isinstance(error, OutputError)
+        reason = None if said else _refusal(error)
         if reason is None:
             raise
         raise OutputError(f"{target} cannot be written: {reason}") from error

@@ -173,8 +173,10 @@ class StoredWeights:
     """Encoder weights in an artefact's safetensors files, read one tensor at a time by canonical name."""
 
     def __init__(self, artefact: Artefact) -> None:
-        self._handles = [safe_open(path, framework="pt") for path in sorted(artefact.path.glob("*.safetensors"))]
-        self._place = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+        self._place: dict[str, Any] = {}
+        for path in sorted(artefact.path.glob("*.safetensors")):
+            handle: Any = safe_open(path, framework="pt")
+            self._place.update(dict.fromkeys(handle.keys(), handle))
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype."""

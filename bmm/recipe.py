@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from bmm.anchors.settings import AnchorSettings, TSVSettings
 from bmm.errors import RecipeError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+SIZE_PATTERN = r"^\d+(\.\d+)?\s*([kKMGT]i?)?B$"
 
 
 class _Part(BaseModel):
@@ -109,7 +111,7 @@ class ClusterSettings(_Part):
 
     scheduler: str | None = Field(default=None, description="tcp://host:port of a running scheduler")
     workers: int = Field(default=2, ge=1)
-    memory_limit: str = Field(default="8GiB", pattern=r"^\d+(\.\d+)?\s*([kMGT]i?)?B$")
+    memory_limit: str = Field(default="8GiB", pattern=SIZE_PATTERN)
 
 
 class EvaluationSettings(_Part):
@@ -157,10 +159,10 @@ class Recipe(_Part):
     dtype: Literal["base", "float32", "bfloat16", "float16"] = Field(
         default="base", description="dtype of the written weights"
     )
-    max_shard_size: str = Field(
-        default="2GiB", pattern=r"^\d+(\.\d+)?\s*([kMGT]i?)?B$", description="largest weight file of the output"
+    max_shard_size: str = Field(default="2GiB", pattern=SIZE_PATTERN, description="largest weight file of the output")
+    folder: SkipJsonSchema[Path] = Field(
+        default=Path("."), exclude=True, repr=False, description="set by from_yaml, not by users"
     )
-    folder: Path = Field(default=Path("."), exclude=True, repr=False, description="set by from_yaml, not by users")
 
     @field_validator("experts")
     @classmethod
@@ -191,7 +193,8 @@ class Recipe(_Part):
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
         try:
             value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # PyYAML lets through what Python says of an impossible date or number.
             raise RecipeError(f"the recipe {path} is not valid YAML: {_one_line(error)}") from None
         if not isinstance(value, dict):
             raise RecipeError(f"the recipe {path} must be a mapping of keys such as base_model, experts, output")
@@ -222,18 +225,25 @@ class Recipe(_Part):
         return self.model_dump(mode="json")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+# `<<: *name` takes in another mapping's keys and may stand several times.
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML as PyYAML reads it safely, but a key given twice is an error instead of a silent last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Refuse repeated keys, then build the mapping."""
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key_node.tag == _MERGE_TAG:
+                continue
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep=deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def _one_line(error: Exception) -> str:
@@ -243,8 +253,10 @@ def _one_line(error: Exception) -> str:
 def _explain(error: ValidationError) -> str:
     """Return the first mistake as one sentence that names its key."""
     first = error.errors()[0]
-    # Discriminated unions put the chosen method between the key and its option; users never wrote it as a key.
-    parts = [str(part) for part in first["loc"] if part not in ("average", "ta", "ties", "tsv", "wudi", "checkpoint")]
+    parts = [str(part) for part in first["loc"]]
+    if parts[:1] == ["anchor"]:
+        # Discriminated unions put the chosen method between the key and its option; users never wrote it as a key.
+        del parts[1:2]
     key = ".".join(parts) or "the recipe"
     match first["type"]:
         case "extra_forbidden":

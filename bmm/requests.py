@@ -44,9 +44,9 @@ class Requests:
                 )
             case "anchor":
                 anchor = self.inputs.anchor
-                given = {"checkpoint": anchor.digest} if anchor else {}
-                where = {"anchor": anchor.to_json() if anchor else None}
-                return self._request(stage, results, given, {"anchor": self._anchor_settings()}, where)
+                given: dict[str, Any] = {"checkpoint": anchor.digest} if anchor else {}
+                located = {"anchor": anchor.to_json() if anchor else None}
+                return self._request(stage, results, given, {"anchor": self._anchor_settings()}, located)
             case "search":
                 return self._request(stage, results, self._solved_from(results), self._search_settings())
             case "evaluate":

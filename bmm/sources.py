@@ -87,6 +87,8 @@ def check_output(recipe: Recipe) -> None:
     output = recipe.resolve(recipe.output)
     check_allowed(output, "the output folder")
     named = [("base_model", recipe.base_model), *((f"the expert {e.name}", e.model) for e in recipe.experts)]
+    if isinstance(recipe.anchor, CheckpointAnchorSettings):
+        named.append(("the anchor", recipe.anchor.path))
     for what, source in named:
         taken = recipe.resolve(source)
         if output == taken or output in taken.parents:

@@ -136,16 +136,24 @@ class Store:
         root = Path(text).expanduser()
         if root.exists() and not root.is_dir():
             raise OutputError(f"the store {root} is a file; name a folder with --store or BMM_STORE")
+        above = next(parent for parent in root.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise OutputError(f"the store {root} lies below {above}, which is a file; name a folder with --store")
         return cls(root, fresh=fresh)
 
     # -- reading ---------------------------------------------------------------------------------------------
 
     def find(self, kind: str, key: str) -> Reference | None:
-        """Return a reference to the artefact with this key if it is there and whole, else None."""
+        """Return a reference to the artefact with this key if it is there and whole, else None.
+
+        To be found is to be used: pruning goes by when that last happened.
+        """
         try:
-            return self._load(kind, key).reference
+            reference = self._load(kind, key).reference
         except (FileNotFoundError, ArtefactDamagedError):
             return None
+        self._touch(self._place(kind, key))
+        return reference
 
     def read(self, reference: Reference) -> Artefact:
         """Return the artefact behind a reference, every byte checked.
@@ -168,8 +176,9 @@ class Store:
         try:
             manifest = json.loads(text)
             files = dict(manifest["files"])
-            intact = manifest["seal"] == _seal(manifest)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            # The text as well, so that a changed digit beyond a number's precision does not pass.
+            intact = manifest["seal"] == _seal(manifest) and text == _manifest_text(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ArtefactDamagedError(f"{what} has an unreadable manifest") from None
         if not intact:
             raise ArtefactDamagedError(f"{what} has an altered manifest")
@@ -217,7 +226,6 @@ class Store:
         wanted_anew = replace or (self.fresh and path not in self._made)
         found = None if wanted_anew else self.find(kind, key)
         if found is not None:
-            self._touch(path)
             return found, True
         with self._locked(kind, key):
             # Somebody else may have made it while this process waited for the lock.
@@ -244,7 +252,7 @@ class Store:
                 manifest = _manifest(kind, key, draft, describe, time.time() - started)
                 for name in manifest["files"]:
                     sync(folder / name)
-                _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+                _write_durably(folder / MANIFEST, _manifest_text(manifest))
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if final.exists():
                     final.rename(folder.with_name(folder.name + "-replaced"))
@@ -279,12 +287,12 @@ class Store:
     # -- housekeeping ----------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Return every artefact with a manifest, whether it is whole or not, by kind and key."""
+        """Return every artefact, whether it is whole or not, by kind and key."""
         found = []
-        for manifest in sorted((self.root / "artefacts").glob(f"*/*/{MANIFEST}")):
-            path = manifest.parent
+        for path in sorted((self.root / "artefacts").glob("*/*")):
+            manifest = path / MANIFEST
             size = sum((path / name).stat().st_size for name in _files(path))
-            state = manifest.stat()
+            state = (manifest if manifest.exists() else path).stat()
             made = _made_at(manifest, state.st_mtime)
             found.append(Entry(path.parent.name, path.name, size, made, state.st_mtime, path))
         return found
@@ -298,6 +306,8 @@ class Store:
                 self._load(entry.kind, entry.key)
             except ArtefactDamagedError as error:
                 damaged.append((entry, str(error)))
+            except FileNotFoundError:
+                damaged.append((entry, f"the {entry.kind} artefact {entry.key[:12]} has lost its manifest"))
         return damaged
 
     def discard(self, kind: str, key: str) -> bool:
@@ -377,10 +387,14 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return digest_json({name: value for name, value in manifest.items() if name != "seal"})
 
 
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True)
+
+
 def _made_at(manifest: Path, fallback: float) -> float:
     try:
         return float(json.loads(manifest.read_text(encoding="utf-8"))["provenance"]["made_at"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return fallback
 
 

@@ -32,6 +32,7 @@ class ExpertWeights:
         self._experts = dict(experts)
         self._order = tuple(experts)
         self._shared = {parameter.name: parameter for parameter in layout.shared}
+        self._heads = layout.heads
         self._linear = frozenset(linear)
 
     @property
@@ -68,6 +69,16 @@ class ExpertWeights:
         """
         expert = self._order[index]
         require_finite(self.expert(index, name), self._experts[expert], self._shared[name].expert_keys[expert])
+
+    def check_base_finite(self, name: str) -> None:
+        """Refuse a tensor of the base with NaN or infinite entries, as `check_finite` does."""
+        require_finite(self.base(name), self._base, self._shared[name].base_key)
+
+    def check_head_finite(self, index: int) -> None:
+        """Refuse an expert whose head has NaN or infinite entries, as `check_finite` does."""
+        expert = self._order[index]
+        for stored in self._heads[expert].values():
+            require_finite(self._experts[expert].tensor(stored), self._experts[expert], stored)
 
 
 def require_finite(tensor: torch.Tensor, checkpoint: Checkpoint, stored_name: str) -> None:

@@ -41,7 +41,9 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="compute every stage anew instead of resuming")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh/--resume", help="compute every stage anew, or take up what is finished (the default)")
+]
 ServerOption = Annotated[
     bool, typer.Option("--server/--no-server", help="run as a Prefect flow, or in this process without Prefect")
 ]
@@ -123,7 +125,6 @@ def merge(
     store: StoreOption = None,
     fresh: FreshOption = False,
     server: ServerOption = True,
-    resume: Annotated[bool, typer.Option("--resume", help="take up finished work; this is the default")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Merge the recipe's experts into one model; what is finished already is not done again."""
@@ -131,7 +132,7 @@ def merge(
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.merge(recipe, store, fresh=fresh or not resume, server=server)
+        return commands.merge(recipe, store, fresh=fresh, server=server)
 
     _run(work, as_json, lambda found: _show_merge(found))
 
@@ -197,8 +198,8 @@ def report(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of the recipe."""
+def schema(as_json: JsonOption = True) -> None:  # noqa: ARG001 - a schema is JSON, asked for or not
+    """Print the JSON Schema of the recipe: every key, its default and what it means."""
 
     def work() -> dict[str, Any]:
         from bmm.recipe import Recipe

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from bmm.errors import UserError
+from bmm.errors import BMMError, UserError
 from bmm.recipe import Recipe
 from bmm.store import Store
 
@@ -65,9 +65,22 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
 
 
 def _merge_with_prefect(recipe: Recipe, store: Store) -> Any:
+    from flows.orphans import end_orphans
+
+    # Before Prefect may start a server of its own.
+    end_orphans()
     from flows.merge import merge_flow
 
-    return merge_flow(recipe.document(), str(recipe.folder), str(store.root), store.fresh)
+    try:
+        return merge_flow(recipe.document(), str(recipe.folder), str(store.root), store.fresh)
+    except RuntimeError as error:
+        # Prefect has no type for a server that is not there, only these words.
+        if not str(error).startswith(("Failed to reach API", "Timed out while attempting to connect")):
+            raise
+        raise BMMError(
+            "the Prefect server does not answer; start it, correct PREFECT_API_URL (unset, a temporary server is "
+            "started), or run with --no-server"
+        ) from error
 
 
 def _merge_here(recipe: Recipe, store: Store) -> Any:

@@ -54,7 +54,8 @@ class _TerminalReporter:
         assert isinstance(bar, _TerminalBar)  # noqa: S101 - only what start returned comes here
         task = next(task for task in self._progress.tasks if task.id == bar.task)
         self._progress.remove_task(bar.task)
-        if (task.elapsed or 0.0) >= _WORTH_A_LINE_SECONDS:
+        # Work inside other work is part of that one's line.
+        if not self._progress.tasks and (task.elapsed or 0.0) >= _WORTH_A_LINE_SECONDS:
             self._progress.console.print(_line(task.description, task.completed, task.total, task.elapsed or 0.0))
 
 
@@ -77,16 +78,19 @@ class _LineBar:
 class _LineReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._open = 0
 
     def start(self, text: str, total: float) -> Bar:
         """Begin to count, silently."""
+        self._open += 1
         return _LineBar(text, total)
 
     def finish(self, bar: Bar) -> None:
         """Print one line, if the work took long enough to be wondered about."""
         assert isinstance(bar, _LineBar)  # noqa: S101 - only what start returned comes here
+        self._open -= 1
         elapsed = time.perf_counter() - bar.started
-        if elapsed >= _WORTH_A_LINE_SECONDS:
+        if self._open == 0 and elapsed >= _WORTH_A_LINE_SECONDS:
             self._console.print(_line(bar.text, bar.done, bar.total, elapsed))
 
 

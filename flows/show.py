@@ -48,7 +48,8 @@ def plan_table(found: Mapping[str, Any]) -> Table:
     free = found["free"]
     table = _table(
         f"disk {readable_bytes(found['disk_bytes'])} of {readable_bytes(free['store'])} free in the store, "
-        f"{readable_bytes(found['output_bytes'])} for the output; memory {readable_bytes(found['memory_bytes'])} of {readable_bytes(free['memory'])}"
+        f"{readable_bytes(found['output_bytes'])} for the output; "
+        f"memory {readable_bytes(found['memory_bytes'])} of {readable_bytes(free['memory'])}"
     )
     table.add_column("stage")
     table.add_column("state")

@@ -1,4 +1,7 @@
-"""Writing the output folder and the MLflow record, as Prefect tasks: effects, so they are never cached."""
+"""What a finished merge leaves with others: the MLflow record, as a task, and the summary on the flow run's page.
+
+Effects on somebody else's server, so they are never cached.
+"""
 
 from __future__ import annotations
 

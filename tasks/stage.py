@@ -23,7 +23,7 @@ from bmm.pipeline import perform_here
 from bmm.stages.request import Request, Result, verified
 from bmm.store import Store
 
-StageTask = Task[..., dict[str, Any]]
+StageTask = Task[[str, dict[str, Any], bool], dict[str, Any]]
 AfterStage = Callable[[Store, Result], None]
 
 
@@ -37,7 +37,7 @@ def stage_task(stage: str, description: str, *, retries: int = 0, after: AfterSt
         after: publishes Prefect artifacts about a result.
     """
 
-    def run_stage(store: str, request: dict[str, Any], fresh: bool = False) -> dict[str, Any]:
+    def run_stage(store: str, request: dict[str, Any], fresh: bool) -> dict[str, Any]:
         opened = Store.open(store, fresh=fresh)
         result = perform_here(opened, Request.from_json(request))
         get_run_logger().info("%s: %s in %.1f s", result.stage, result.state, result.seconds)
@@ -45,8 +45,8 @@ def stage_task(stage: str, description: str, *, retries: int = 0, after: AfterSt
             after(opened, result)
         return result.to_json()
 
-    return task(
-        run_stage,
+    delays: list[float] = [5.0 * 4**attempt for attempt in range(retries)]
+    as_task = task(
         name=stage,
         description=description,
         task_run_name=stage,
@@ -54,21 +54,22 @@ def stage_task(stage: str, description: str, *, retries: int = 0, after: AfterSt
         persist_result=True,
         result_serializer="json",
         retries=retries,
-        retry_delay_seconds=[5 * 4**attempt for attempt in range(retries)] or None,
+        retry_delay_seconds=delays,
         retry_condition_fn=_worth_retrying,
     )
+    return as_task(run_stage)
 
 
 def execute(stage: StageTask, store: Store, request: Request) -> Result:
     """Run a stage's task and return its result, whose artefacts are there and whole."""
     started = time.perf_counter()
-    arguments = {"store": str(store.root), "request": request.to_json(), "fresh": store.fresh}
-    state = stage.with_options(refresh_cache=store.fresh)(**arguments, return_state=True)
+    arguments = (str(store.root), request.to_json(), store.fresh)
+    state = stage.with_options(refresh_cache=store.fresh)(*arguments, return_state=True)
     result = Result.from_json(_value(state))
     if state.name != "Cached":
         return result
     if not verified(store, result):
-        state = stage.with_options(refresh_cache=True)(**arguments, return_state=True)
+        state = stage.with_options(refresh_cache=True)(*arguments, return_state=True)
         return Result.from_json(_value(state))
     return replace(result, state="cached", seconds=time.perf_counter() - started)
 

@@ -6,7 +6,9 @@ tracker could not be reached is logged by the next run of the same recipe.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,18 +16,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
+from filelock import FileLock
 
 from bmm.disk import explained
+from bmm.errors import BMMError
 from bmm.pipeline import Merge
 from bmm.progress import progress
 from bmm.report.figures import figures, png
 from bmm.store import Store
 
+_CHILD_OF = "mlflow.parentRunId"
 _MODEL_TAG = "bmm.model_digest"
 _RECIPE_TAG = "bmm.recipe_digest"
+# The user name and password of any address in a text; a password may itself hold an @.
+_CREDENTIALS = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s?#]*@")
+
+
+class TrackingError(BMMError):
+    """MLflow refuses or cannot be reached; the merge itself is whole."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def track_or_explain(
     try:
         return Outcome(merge, (log or track)(store, merge))
     except Exception as error:
-        return Outcome(merge, None, (str(error).strip() or type(error).__name__).splitlines()[0][:300])
+        return Outcome(merge, None, _reason(error))
 
 
 def tracking_uri(store: Store) -> str:
@@ -67,14 +77,31 @@ def track(store: Store, merge: Merge) -> Tracked:
     """Log a finished merge to MLflow, unless it is logged already.
 
     Raises:
-        mlflow.exceptions.MlflowException: the tracking server refuses or cannot be reached.
+        TrackingError: the tracking server refuses or cannot be reached.
     """
+    digest = merge.results["publish"].reference("model").digest
+    try:
+        with explained(store.root):
+            (store.root / "locks").mkdir(parents=True, exist_ok=True)
+        # Two runs of one recipe end at the same moment: the second must not take the first's record for a dead one.
+        with FileLock(store.root / "locks" / f"tracking-{digest}.lock"):
+            return _track(store, merge, digest)
+    except Exception as error:
+        # MLflow's errors quote the whole URI; nothing that follows (a log, a state, a traceback) may show a password.
+        raise TrackingError(_reason(error)) from None
+
+
+def _track(store: Store, merge: Merge, digest: str) -> Tracked:
     # A server that does not answer must not hold up a night's work for the hours of MLflow's own default.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Standard output holds results only, and the address may have a password in it.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
+    # A new sqlite file is no news to somebody who waits for a merge.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     document = merge.document
     uri = tracking_uri(store)
     local = uri.startswith("sqlite:")
@@ -84,13 +111,14 @@ def track(store: Store, merge: Merge) -> Tracked:
     client = MlflowClient(uri)
     name = document["recipe"]["tracking"]["experiment"]
     experiment = _experiment(client, name, (store.root / "mlflow" / "artifacts").as_uri() if local else None)
-    digest = merge.results["publish"].reference("model").digest
     tags = {_MODEL_TAG: digest, _RECIPE_TAG: document["recipe_digest"]}
     query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
     for run in client.search_runs([experiment], query):
         if run.info.status == "FINISHED":
             return Tracked(run.info.run_id, name, without_credentials(uri))
         # A run that was killed while it was being written: its successor tells the whole story.
+        for child in client.search_runs([experiment], f"tags.`{_CHILD_OF}` = '{run.info.run_id}'"):
+            client.delete_run(child.info.run_id)
         client.delete_run(run.info.run_id)
     run_id = _log(client, experiment, merge, tags)
     return Tracked(run_id, name, without_credentials(uri))
@@ -98,10 +126,13 @@ def track(store: Store, merge: Merge) -> Tracked:
 
 def without_credentials(uri: str) -> str:
     """Return a URI without user name and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return _CREDENTIALS.sub(r"\1", uri)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error's message, free of credentials."""
+    message = str(error).strip() or type(error).__name__
+    return without_credentials(message.splitlines()[0])[:300]
 
 
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:
@@ -135,11 +166,11 @@ def _log(client: Any, experiment: str, merge: Merge, tags: Mapping[str, str]) ->
         if trial["objective"] is not None
     ]
     parameters = [Param(name, str(value)[:500]) for name, value in sorted(_flat(_settings(document)).items())]
-    client.log_batch(parent, metrics=metrics, params=parameters[:200])
+    client.log_batch(parent, metrics=metrics, params=parameters)
     with progress("logging to MLflow", len(trials) + 1) as bar:
         for trial in trials:
             child = client.create_run(
-                experiment, run_name=f"trial {trial['index']}", tags={"mlflow.parentRunId": parent}
+                experiment, run_name=f"trial {trial['index']}", tags={_CHILD_OF: parent}
             ).info.run_id
             measured = {f"validation.{task}": value for task, value in trial["tasks"].items()}
             if trial["objective"] is not None:
@@ -152,7 +183,7 @@ def _log(client: Any, experiment: str, merge: Merge, tags: Mapping[str, str]) ->
             client.log_batch(
                 child,
                 metrics=[Metric(name, value, now, trial["index"]) for name, value in measured.items()],
-                params=[Param(_plain(name), str(value)) for name, value in chosen.items()][:200],
+                params=[Param(_plain(name), str(value)) for name, value in chosen.items()],
                 tags=[RunTag("bmm.origin", trial["origin"]), RunTag("bmm.state", trial["state"])],
             )
             client.set_terminated(child, "FINISHED" if trial["state"] == "complete" else "FAILED")

@@ -6,6 +6,9 @@ import json
 import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,20 @@ import yaml
 WORDS = [f"w{index}" for index in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ["yes", "no"]
+# Put before a program, this makes it note every artefact that it makes in the store's `made.log`.
+RECORDING = """
+from bmm.store import Store
+
+made = Store._make
+
+def noted(self, kind, key, *rest):
+    self.root.mkdir(parents=True, exist_ok=True)
+    with (self.root / "made.log").open("a") as log:
+        log.write(f"{kind} {key}\\n")
+    return made(self, kind, key, *rest)
+
+Store._make = noted
+"""
 ROWS = {"training": 240, "calibration": 48, "validation": 60, "test": 60}
 
 
@@ -51,6 +68,105 @@ def pico(pico_source: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "pico"
     shutil.copytree(pico_source, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def merged_source(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico folder that has been merged (few trials), with its store at `store`; copy it, don't change it."""
+    from bmm.pipeline import merge
+    from bmm.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("merged") / "pico"
+    shutil.copytree(pico_source, folder)
+    path = folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe |= {"search": {"trials": 5}, "cluster": {"workers": 1}}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    merge(Recipe.from_yaml(path), store=folder / "store")
+    return folder
+
+
+@pytest.fixture
+def merged(merged_source: Path, tmp_path: Path) -> Path:
+    """A copy of the merged pico folder that a test may change."""
+    folder = tmp_path / "merged-pico"
+    shutil.copytree(merged_source, folder)
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute Gram shards in this process, for tests that are about something else than Dask."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr("bmm.stages.grams.workers", lambda _: nullcontext())
+    monkeypatch.setattr(
+        "bmm.stages.grams.run_all", lambda _, function, requests, __: [function(dict(one)) for one in requests]
+    )
+
+
+@pytest.fixture(scope="session")
+def dask_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running Dask scheduler with two workers; they stay warm, so that merges which use it are quick.
+
+    Each artefact that a worker makes leaves a line in the `made.log` of its store.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    folder = tmp_path_factory.mktemp("dask")
+    commands = (
+        ("scheduler", "--host", address, "--no-dashboard"),
+        ("worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)),
+    )
+    started = []
+    try:
+        for what, *arguments in commands:
+            command = [sys.executable, "-m", f"distributed.cli.dask_{what}", *arguments]
+            if what == "worker":
+                (folder / "recording.py").write_text(RECORDING, encoding="utf-8")
+                command += ["--preload", str(folder / "recording.py")]
+            with (folder / f"{what}.log").open("w") as log:
+                started.append(
+                    subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                )
+        from distributed import Client
+
+        with Client(address, timeout=120) as client:
+            client.wait_for_workers(2, timeout=120)
+        yield address
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in reversed(started):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="session")
+def recording() -> str:
+    """Python that, run before a merge, notes every artefact made by that process in the store's `made.log`."""
+    return RECORDING
+
+
+@pytest.fixture(scope="session")
+def finished(
+    pico_source: Path, tmp_path_factory: pytest.TempPathFactory, dask_scheduler: str
+) -> tuple[Path, Path, Any]:
+    """A pico folder, a store and what `bmm.merge` made of them without a server; copy them, don't change them."""
+    import bmm
+
+    place = tmp_path_factory.mktemp("finished")
+    folder, store = place / "pico", place / "store"
+    shutil.copytree(pico_source, folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe |= {"cluster": {"scheduler": dask_scheduler}, "search": {"per": "type", "trials": 5}}
+    recipe["evaluation"]["compare"] = ["average"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return folder, store, bmm.merge(bmm.Recipe.from_yaml(folder / "recipe.yaml"), store=store)
 
 
 @pytest.fixture

@@ -50,6 +50,9 @@ class WUDISettings(_Settings):
     solver: Literal["exact", "adam"] = Field(
         default="exact", description="the objective's exact minimiser, or the published Adam schedule"
     )
+    cutoff: float = Field(
+        default=1e-3, gt=0, lt=1, description="of the exact solver: eigenvalues of Σ Ĝ_t below this share are left out"
+    )
     steps: int = Field(default=300, ge=1, description="Adam steps; the exact solver has none")
     learning_rate: float = Field(default=1e-5, gt=0, description="of the Adam schedule")
 

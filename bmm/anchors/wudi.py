@@ -4,7 +4,11 @@ For each linear map the merged task vector `M` minimises `Σ_t ‖(M − τ_t) �
 τ_tᵀ τ_t / ‖τ_t‖²_F` the gradient is `2 (M Σ Ĝ_t − Σ τ_t Ĝ_t)`, so
 
 * `solver: exact` is the minimiser of least norm, `M = (Σ τ_t Ĝ_t)(Σ Ĝ_t)⁺`, by one eigendecomposition in
-  float64;
+  float64, among directions whose eigenvalue is above `cutoff` times the largest. The bare pseudo-inverse is not
+  usable: along a direction where every task vector is small the minimiser is of the order of their largest singular
+  values over the smallest. Measured on the four text experts of the demo (800 validation rows, share of the experts'
+  mean): 36 % at a cutoff of 1e-10, 57 % at 1e-7, 91 % at 1e-5, 97.7 % at 1e-4 and 1e-3, 96.7 % at 1e-2; the Adam
+  schedule 95.3 %;
 * `solver: adam` is the published schedule: start at `Σ τ_t`, Adam with a learning rate of 1e-5, 300 steps.
   It stops long before the minimum and, unlike the minimiser, depends on the scale of the weights.
 
@@ -19,14 +23,6 @@ from torch import Tensor
 from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import WUDISettings
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
-
-RELATIVE_CUTOFF = 1e-10
-"""Eigenvalues of `Σ Ĝ_t` at or below this share of the largest count as zero.
-
-They are squares of singular values: 1e-5 of the largest there, above what rounding stored weights to
-float32 adds to a task vector of low rank, since the minimiser would blow such directions up.
-"""
-
 
 class WUDI(TaskVectorAnchor):
     """Merges linear maps with the least interference and averages the rest."""
@@ -43,7 +39,7 @@ class WUDI(TaskVectorAnchor):
             return None, "anchored"
         gram, target = system
         if self.settings.solver == "exact":
-            return minimise(gram, target), "anchored"
+            return minimise(gram, target, self.settings.cutoff), "anchored"
         start = vectors.total()
         if start is None:
             return None, "anchored"
@@ -65,10 +61,13 @@ def normal_equations(vectors: TaskVectors) -> tuple[Tensor, Tensor] | None:
     return (gram, target) if changed else None
 
 
-def minimise(gram: Tensor, target: Tensor) -> Tensor:
-    """Return `target gram⁺` (out, in) for a positive semi-definite `gram` (in, in) that is not zero."""
+def minimise(gram: Tensor, target: Tensor, cutoff: float) -> Tensor:
+    """Return `target gram⁺` (out, in) for a positive semi-definite `gram` (in, in) that is not zero.
+
+    Eigenvalues at or below `cutoff` times the largest count as zero.
+    """
     values, U = torch.linalg.eigh(gram)
-    kept = values > RELATIVE_CUTOFF * values[-1]
+    kept = values > cutoff * values[-1]
     U = U[:, kept]
     minimiser: Tensor = ((target @ U) / values[kept]) @ U.T
     return minimiser

@@ -45,7 +45,8 @@ def workers(settings: ClusterSettings) -> Iterator[Client]:
             processes=True,
             memory_limit=settings.memory_limit.replace(" ", ""),
             host="127.0.0.1",
-            dashboard_address=None,
+            # None would still take Dask's usual port, and complain where another merge has it.
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         )
     except (OSError, RuntimeError, TimeoutError) as error:

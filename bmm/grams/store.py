@@ -45,10 +45,13 @@ class GramReader:
         """Return `G = XᵀX / rows`, `(in, in)` float64.
 
         Raises:
-            ArtefactDamagedError: a chunk is missing.
+            ArtefactDamagedError: a chunk is missing or damaged.
         """
         array = self._group[name]
-        total = torch.from_numpy(array[:])  # type: ignore[index]
+        try:
+            total = torch.from_numpy(array[:])
+        except ValueError as error:
+            raise ArtefactDamagedError(f"the Gram matrix of {name} in {self._path.name} is damaged: {error}") from None
         if bool(torch.isnan(total).any()):
             raise ArtefactDamagedError(f"the Gram matrix of {name} in {self._path.name} has lost a chunk")
         return total / max(self.rows(name), 1)

@@ -19,11 +19,11 @@ import torch
 
 # Matched against the end of a module's name, first match wins: more specific names first.
 _TYPES = (
-    ("qkv", r"(query|key|value|[qkv]_proj|[qkv]_lin|qkv|in_proj|query_key_value)$"),
+    ("qkv", r"((query|key|value|[qkv]|pos)_(proj|lin)|query|key|value|qkv|in_proj|query_key_value|attn\.[qkv])$"),
     ("attention-out", r"(attention\.output\.dense|attn\.out_proj|attention\.out_lin|[oO]_proj|attn\.c_proj)$"),
-    ("attention-out", r"(self_attn|attention|attn)\.(out_proj|dense|proj|out)$"),
-    ("mlp-in", r"(intermediate\.dense|lin1|fc1|gate_proj|up_proj|c_fc|wi(_\d)?|linear1)$"),
-    ("mlp-out", r"(output\.dense|lin2|fc2|down_proj|mlp\.c_proj|wo|linear2)$"),
+    ("attention-out", r"(self_attn|attention|attn)\.(out_proj|dense|proj|out|o)$"),
+    ("mlp-in", r"(intermediate\.dense|lin1|fc1|gate_proj|up_proj|c_fc|wi(_\d)?|linear1|\.ffn)$"),
+    ("mlp-out", r"(output\.dense|lin2|fc2|down_proj|mlp\.c_proj|wo|linear2|ffn_output)$"),
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|transformer)\.(\d+)(?:\.|$)")
 
@@ -32,7 +32,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|transformer)\.(\d+)(?:\.|$)")
 class LinearMap:
     """One `torch.nn.Linear` inside the encoder; its weight is `(outputs, inputs)`.
 
-    `input_group` is the name of the first map that reads the same input; `layer` is None outside the layer stack.
+    `input_group` is the name of the first map that reads the same inputs; `layer` is None outside the layer stack.
     """
 
     module: str
@@ -81,18 +81,19 @@ def discover(encoder: torch.nn.Module, probe: Mapping[str, torch.Tensor]) -> tup
     finally:
         for handle in handles:
             handle.remove()
-    first_reader: dict[int, str] = {}
-    maps: dict[str, LinearMap] = {}
+    # A map may fire more than once in a pass (layers shared across depth, or a projection that serves positions too):
+    # its Gram is over all that it reads, so only maps that read all the same tensors share one.
+    read: dict[str, tuple[int, ...]] = {}
+    found: dict[str, torch.nn.Linear] = {}
     for name, module, tensor in seen:
-        if name in maps:
-            # Fires twice in one pass (layers shared across depth): two inputs, so a Gram of its own.
-            old = maps[name]
-            maps[name] = LinearMap(name, old.outputs, old.inputs, name, old.type, old.layer)
-            continue
-        group = first_reader.setdefault(id(tensor), name)
-        layer = layer_of(name)
-        maps[name] = LinearMap(name, module.out_features, module.in_features, group, module_type(name), layer)
-    return tuple(maps.values())
+        found[name] = module
+        read[name] = (*read.get(name, ()), id(tensor))
+    first_reader: dict[tuple[int, ...], str] = {}
+    maps = []
+    for name, module in found.items():
+        group = first_reader.setdefault(read[name], name)
+        maps.append(LinearMap(name, module.out_features, module.in_features, group, module_type(name), layer_of(name)))
+    return tuple(maps)
 
 
 def module_type(name: str) -> str:

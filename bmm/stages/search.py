@@ -98,7 +98,7 @@ def _write_best(
 
     def get(name: str) -> torch.Tensor:
         map_ = by_weight.get(name)
-        entry = {"parameter": name, "shape": list(weights.parameter(name).shape), "module": None}
+        entry: dict[str, Any] = {"parameter": name, "shape": list(weights.parameter(name).shape), "module": None}
         entry |= {"treatment": treatments[name], "lambda": None, "gamma": None, "condition": None}
         tensor = rest[name]
         if map_ is not None:

@@ -25,7 +25,9 @@ def task_vectors(work: Work, request: Request) -> dict[str, Any]:
 
             def make(draft: Draft, index: int = index) -> None:
                 norms = {}
+                weights.check_head_finite(index)
                 for name in weights.names():
+                    weights.check_base_finite(name)
                     weights.check_finite(index, name)
                     base = weights.base(name)
                     if base.is_floating_point():

@@ -20,10 +20,10 @@ from typing import Any, Literal
 from bmm.digest import digest_file, digest_json
 from bmm.disk import explained
 from bmm.progress import progress
+from bmm.recipe_text import ExpertEntry, recipe_text
 from bmm.zoo import splits, text_sets
 from bmm.zoo.experts import TrainingSettings, base_digest, expert_key, read_expert, train_expert
 from bmm.zoo.packages import MINILM, Package, fetch_all, read_folder
-from bmm.zoo.recipe_text import ExpertEntry, recipe_text
 from bmm.zoo.splits import SplitSizes, TaskRows, split, write_if_changed, write_splits
 from bmm.zoo.staging import publish, scratch
 from bmm.zoo.text_sets import SOURCES, read_set
@@ -100,17 +100,20 @@ def prepare(
             card = _expert_card(name, rows.labels, wanted.training)
             train_expert(name, base, rows, target, wanted.training, measure=measure, card=card)
         recipe = folder / f"recipe{wanted.suffix}.yaml"
-        text = recipe_text(
-            [ExpertEntry(name, SOURCES[name].title) for name in wanted.names],
-            file=recipe.name,
-            experts=f"experts{wanted.suffix}",
-            data=f"data{wanted.suffix}",
-            output=f"./merged{wanted.suffix}",
-            max_length=wanted.training.max_length,
-            anchor=anchor,
-            trials=trials,
-            seed=seed,
-        )
+        entries = [
+            ExpertEntry(
+                name=name,
+                title=SOURCES[name].title,
+                model=f"./experts{wanted.suffix}/{name}",
+                splits={
+                    part: f"data{wanted.suffix}/{name}/{part}.jsonl" for part in ("calibration", "validation", "test")
+                },
+                max_length=wanted.training.max_length,
+            )
+            for name in wanted.names
+        ]
+        output = f"./merged{wanted.suffix}"
+        text = recipe_text(entries, file=recipe.name, output=output, anchor=anchor, trials=trials, seed=seed)
         write_if_changed(recipe, text)
     return recipe
 

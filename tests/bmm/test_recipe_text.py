@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.recipe import Recipe
-from bmm.zoo.recipe_text import ExpertEntry, recipe_text
+from bmm.recipe_text import ExpertEntry, recipe_text
+
+SPLITS = ("calibration", "validation", "test")
 
 
 @given(
@@ -17,16 +19,27 @@ from bmm.zoo.recipe_text import ExpertEntry, recipe_text
     st.integers(4, 512),
     st.sampled_from(["average", "ta", "ties", "tsv", "wudi"]),
     st.integers(1, 99),
+    st.sampled_from(["data", "my data", "it's: {odd}, #1"]),
+    st.sampled_from(["text", "yes", "a: b", "12"]),
 )
 @settings(max_examples=25, deadline=None)
-def test_the_text_is_the_recipe_asked_for(names: list[str], max_length: int, anchor: str, trials: int) -> None:
+def test_the_text_is_the_recipe_asked_for(
+    names: list[str], max_length: int, anchor: str, trials: int, folder: str, column: str
+) -> None:
     text = recipe_text(
-        [ExpertEntry(name, f"what a {name} is") for name in names],
+        [
+            ExpertEntry(
+                name,
+                f"what a {name} is",
+                f"./experts/{name}",
+                {part: f"{folder}/{name}/{part}.jsonl" for part in SPLITS},
+                max_length,
+                text=column,
+            )
+            for name in names
+        ],
         file="recipe.yaml",
-        experts="experts",
-        data="data",
         output="./merged",
-        max_length=max_length,
         anchor=anchor,
         trials=trials,
         seed=3,
@@ -38,6 +51,7 @@ def test_the_text_is_the_recipe_asked_for(names: list[str], max_length: int, anc
     for expert in recipe.experts:
         assert recipe.resolve(expert.model) == Path("/somewhere/experts") / expert.name
         assert expert.task.max_length == max_length
+        assert expert.task.text == column
         for split, source in expert.task.splits().items():
             assert source.path == "json"
-            assert source.data_files == f"data/{expert.name}/{split}.jsonl"
+            assert source.data_files == f"{folder}/{expert.name}/{split}.jsonl"

@@ -1,9 +1,12 @@
-"""The demo's recipe as text: YAML commented so that a newcomer learns the keys. Writes nothing."""
+"""A recipe as text: YAML commented so that a newcomer learns the keys. Writes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 _HEAD = """\
 # One merge: a base model, experts fine-tuned from it, and one model that replaces them.
@@ -15,7 +18,7 @@ _HEAD = """\
 # every other key shows what it can say. A key that does not exist is refused.
 
 # A folder that AutoModel loads, or a hub id with a revision (name/model@revision).
-base_model: ./base
+base_model: {base}
 
 # Each expert is an ordinary checkpoint fine-tuned from the base: an encoder and a classification head.
 # The encoders become one; each head is kept beside it, unchanged.
@@ -25,12 +28,12 @@ experts:
 _EXPERT = """\
   # {title}
   - name: {name}
-    model: ./{experts}/{name}
+    model: {model}
     task:
       kind: text-classification
-      text: text                     # the column that holds the text
-      label: label                   # the column that holds the class: its name or its number
-      max_length: {max_length}                 # tokens a text, longer ones are cut
+      text: {text:<24} # the column that holds the text
+{pair}      label: {label:<23} # the column that holds the class: its name or its number
+      max_length: {max_length:<18} # tokens a text, longer ones are cut
 """
 
 _SPLIT_NOTES = (
@@ -60,31 +63,57 @@ output: {output}
 
 @dataclass(frozen=True)
 class ExpertEntry:
-    """One expert of the recipe: its `name`, and its task in words."""
+    """One expert of the recipe: what a person reads of it (`title`), its checkpoint, its rows and their columns.
+
+    `model` and the paths in `splits` are written as they are, so they are relative to the recipe's file.
+    """
 
     name: str
     title: str
+    model: str
+    splits: Mapping[str, str]
+    max_length: int
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
 
 
 def recipe_text(
     entries: Sequence[ExpertEntry],
     *,
     file: str,
-    experts: str,
-    data: str,
     output: str,
-    max_length: int,
     anchor: str,
     trials: int,
     seed: int,
+    base: str = "./base",
 ) -> str:
-    """Return the YAML of a recipe; `experts` and `data` are folders beside it, one subfolder an entry."""
-    text = _HEAD.format(file=file)
+    """Return the YAML of a recipe for these experts."""
+    text = _HEAD.format(file=file, base=_scalar(base))
     for index, entry in enumerate(entries):
-        text += _EXPERT.format(name=entry.name, title=entry.title, experts=experts, max_length=max_length)
+        pair = f"      text_pair: {_scalar(entry.text_pair)}\n" if entry.text_pair else ""
+        text += _EXPERT.format(
+            title=" ".join(entry.title.split()),
+            name=_scalar(entry.name),
+            model=_scalar(entry.model),
+            text=_scalar(entry.text),
+            pair=pair,
+            label=_scalar(entry.label),
+            max_length=entry.max_length,
+        )
         if index == 0:
             text += "".join(f"      {line}\n" for line in _SPLIT_NOTES)
-        for split in ("calibration", "validation", "test"):
-            key, rows = f"{split}:", f"{data}/{entry.name}/{split}.jsonl"
-            text += f"      {key:<12} {{path: json, data_files: {rows}, split: train}}\n"
-    return text + _TAIL.format(anchor=anchor, trials=trials, seed=seed, output=output)
+        for split, path in entry.splits.items():
+            key = f"{split}:"
+            text += f"      {key:<12} {{path: {_builder(path)}, data_files: {_scalar(path)}, split: train}}\n"
+    return text + _TAIL.format(anchor=anchor, trials=trials, seed=seed, output=_scalar(output))
+
+
+def _builder(path: str) -> str:
+    """Return the name of the `datasets` builder for a file."""
+    return {".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json")
+
+
+def _scalar(value: str) -> str:
+    """Return a string as YAML writes it inside braces too, quoted only where it must be."""
+    return str(yaml.safe_dump([value], default_flow_style=True, width=10_000, allow_unicode=True)).strip()[1:-1]

@@ -1,0 +1,33 @@
+# The project's commands. Each makes its own environment in .venv first; nothing outside this folder is changed.
+PYTHON ?= python3
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+# The demo's arguments, for example: make demo DEMO="--experts all"
+DEMO   ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test check clean
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	@echo "installing into $(VENV): a few minutes and 2.3 GB the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/bmm demo $(DEMO)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,139 @@
+"""A first recipe for a folder of experts: what `bmm init` finds and writes.
+
+Looks for checkpoints and for rows beside them, by the names that people give such folders and files; what it cannot
+find it leaves as a placeholder and says so. Nothing is loaded but headers and the first rows' column names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError, DataError, OutputError, UserError
+from bmm.recipe import SplitSource
+from bmm.recipe_text import ExpertEntry, recipe_text
+
+_FILE = "recipe.yaml"
+_SPLITS = {
+    "calibration": ("calibration", "train"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "heldout"),
+}
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "body", "tweet", "message", "question")
+_LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment")
+_LONGEST = 128
+
+
+def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
+    """Write `recipe.yaml` into a folder of checkpoints and return what was found and what is left to complete.
+
+    Raises:
+        UserError: the folder is missing, holds fewer than two classifiers, or holds a recipe already.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name the folder that holds your experts")
+    target = folder / _FILE
+    if target.exists() and not force:
+        raise OutputError(f"{target} is there already; edit it, or replace it with --force")
+    bases, experts = _checkpoints(folder)
+    if len(experts) < 2:
+        raise UserError(
+            f"{folder} holds {len(experts)} sequence classifiers in safetensors, a merge needs at least two; "
+            "put each expert into a folder of its own, as save_pretrained writes it"
+        )
+    gaps = []
+    base = f"./{bases[0].relative_to(folder).as_posix()}" if bases else "./base"
+    if not bases:
+        gaps.append("base_model: no base was found; name its folder or hub id")
+    entries = []
+    for path in experts:
+        entry, missing = _entry(folder, path)
+        entries.append(entry)
+        gaps += [f"{entry.name}: {gap}" for gap in missing]
+    text = recipe_text(entries, file=_FILE, output="./merged", anchor="wudi", trials=24, seed=0, base=base)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{target} cannot be written: {error.strerror}; name a folder that you may write to"
+        ) from None
+    return {"recipe": str(target), "base": base, "experts": [entry.name for entry in entries], "to_complete": gaps}
+
+
+def _checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders that hold encoders without a head of ours, and those that hold sequence classifiers."""
+    bases, experts = [], []
+    for config in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
+        # An earlier merge's output is neither.
+        if (config.parent / "merge.json").exists():
+            continue
+        try:
+            with Checkpoint.open(config.parent) as checkpoint:
+                architectures: list[str] = checkpoint.config.get("architectures") or [""]
+        except CheckpointError:
+            continue
+        classifier = architectures[0].endswith("ForSequenceClassification") and config.parent.name != "base"
+        (experts if classifier else bases).append(config.parent)
+    bases.sort(key=lambda path: (path.name != "base", len(path.parts), path))
+    return bases, experts
+
+
+def _entry(folder: Path, path: Path) -> tuple[ExpertEntry, list[str]]:
+    """Return an expert's part of the recipe and what is missing from it."""
+    name = "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in path.name).lstrip("_.-")
+    splits, missing = {}, []
+    for split, names in _SPLITS.items():
+        found = _rows(folder, path, names)
+        if found is None:
+            missing.append(f"no {split} rows were found; name their file in {split}.data_files")
+        splits[split] = found or f"data/{path.name}/{split}.jsonl"
+    if splits["calibration"].rpartition("/")[2].startswith("train"):
+        missing.append("the calibration rows are the training rows; give `rows:` a number to take a sample")
+    text, label, columns = _columns(folder, splits["validation"])
+    if columns and text not in columns:
+        missing.append(f"no text column was recognised among {', '.join(columns)}; name it in task.text")
+    if columns and label not in columns:
+        missing.append(f"no label column was recognised among {', '.join(columns)}; name it in task.label")
+    with Checkpoint.open(path) as checkpoint:
+        positions = int(checkpoint.config.get("max_position_embeddings") or _LONGEST)
+        classes = len(checkpoint.config.get("id2label") or {}) or 2
+    entry = ExpertEntry(
+        name=name or "expert",
+        title=f"{classes} classes",
+        model=f"./{path.relative_to(folder).as_posix()}",
+        splits=splits,
+        max_length=min(_LONGEST, positions),
+        text=text,
+        label=label,
+    )
+    return entry, missing
+
+
+def _rows(folder: Path, expert: Path, names: Iterable[str]) -> str | None:
+    """Return the file that holds an expert's rows of one split, relative to the folder."""
+    places = (folder / "data" / expert.name, expert / "data", expert, folder / expert.name)
+    for place in places:
+        for name in names:
+            for suffix in _SUFFIXES:
+                path = place / f"{name}{suffix}"
+                if path.is_file():
+                    return path.relative_to(folder).as_posix()
+    return None
+
+
+def _columns(folder: Path, path: str) -> tuple[str, str, list[str]]:
+    """Guess the text and the label column of a file; return them and the columns there are."""
+    from bmm.evaluation.tables import opened
+
+    builder = {".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json")
+    try:
+        with opened(SplitSource(path=builder, data_files=path), folder, path) as table:
+            columns = list(table.column_names)
+    except DataError:
+        columns = []
+    text = next((name for name in _TEXT_COLUMNS if name in columns), "text")
+    label = next((name for name in _LABEL_COLUMNS if name in columns), "label")
+    return text, label, columns

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import BMMError
+from bmm.evaluation.data import Row
+from bmm.evaluation.model import TaskModel
+from bmm.grams.collect import GramSum, collect
+from bmm.prediction import build_model
+
+TEXTS = [" ".join(f"w{(index * step) % 60}" for step in range(1, 3 + index % 9)) for index in range(21)]
+QUERY, OUT = "encoder.layer.0.attention.self.query", "encoder.layer.1.attention.output.dense"
+GROUPS = [QUERY, OUT, "encoder.layer.1.intermediate.dense", "encoder.layer.1.output.dense", "pooler.dense"]
+
+
+def loaded(expert: Path, batch_size: int) -> TaskModel:
+    with Checkpoint.open(expert) as checkpoint:
+        model = build_model(checkpoint, "task0", 16, batch_size)
+        names = encoder_names(checkpoint, "bert")
+        model.load_encoder({name: checkpoint.tensor(names[name]) for name in model.encoder_names()})
+    return model
+
+
+def sums(expert: Path, batch_size: int) -> dict[str, GramSum]:
+    model = loaded(expert, batch_size)
+    rows = model.tokenise([Row(text, None, 0) for text in TEXTS])
+    return collect(model.encoder, model.batches(rows), GROUPS)
+
+
+@pytest.fixture(scope="module")
+def expert(pico_source: Path) -> Path:
+    return pico_source / "experts" / "task0"
+
+
+def test_a_gram_is_that_of_the_real_inputs_without_padding(expert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(expert)
+    model = AutoModelForSequenceClassification.from_pretrained(expert).eval()
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in GROUPS}
+    modules = dict(model.bert.named_modules())
+    for name in GROUPS:
+
+        def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+            seen[name].append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())
+
+        modules[name].register_forward_pre_hook(keep)
+    with torch.inference_mode():
+        for text in TEXTS:
+            encoded = tokenizer(text, return_tensors="pt")
+            model(input_ids=encoded["input_ids"])
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)
+    found = sums(expert, 8)
+    assert list(found) == GROUPS or set(found) == set(GROUPS)
+    for name in GROUPS:
+        inputs = torch.cat(seen[name])
+        assert found[name].rows == inputs.shape[0] == (len(TEXTS) if name == "pooler.dense" else tokens)
+        assert found[name].total.dtype == torch.float64
+        wanted = inputs.T @ inputs
+        assert float((found[name].total - wanted).norm() / wanted.norm()) < 1e-6, name
+
+
+def test_padding_changes_nothing(expert: Path) -> None:
+    alone, together = sums(expert, 1), sums(expert, 32)
+    for name in GROUPS:
+        assert alone[name].rows == together[name].rows
+        difference = (alone[name].total - together[name].total).norm() / alone[name].total.norm()
+        assert float(difference) < 1e-6, name
+
+
+def test_the_same_batches_give_the_same_bytes(expert: Path) -> None:
+    one, two = sums(expert, 4), sums(expert, 4)
+    assert all(torch.equal(one[name].total, two[name].total) for name in GROUPS)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(3, 3)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, states: torch.Tensor, **_: Any) -> torch.Tensor:
+        out: torch.Tensor = self.used(states)
+        return out
+
+
+def test_sums_over_batches_add_and_the_mask_decides_what_counts() -> None:
+    states = torch.arange(24.0).reshape(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    batches = [{"states": states, "attention_mask": mask}, {"states": -states, "attention_mask": mask}]
+    found = collect(Small(), batches, ["used"])["used"]
+    kept = states[mask.bool()].double()
+    assert found.rows == 10
+    assert torch.equal(found.total, 2 * kept.T @ kept)
+    plain = collect(Small(), [{"states": states}], ["used"])["used"]
+    assert plain.rows == 8
+
+
+def test_a_module_that_never_fires_is_named() -> None:
+    with pytest.raises(BMMError, match="unused was never reached"):
+        collect(Small(), [{"states": torch.ones(1, 2, 3)}], ["used", "unused"])
+
+
+def test_an_input_that_is_not_finite_is_named() -> None:
+    with pytest.raises(BMMError, match="inputs of used are not finite"):
+        collect(Small(), [{"states": torch.full((1, 2, 3), torch.inf)}], ["used"])
+
+
+def test_no_hook_is_left_behind() -> None:
+    model = Small()
+    with pytest.raises(TypeError):
+        collect(model, [{"wrong": torch.ones(1)}], ["used"])
+    collect(model, [{"states": torch.ones(1, 2, 3)}], ["used"])
+    assert not model.used._forward_pre_hooks

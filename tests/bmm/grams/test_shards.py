@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bmm.errors import CheckpointError
+from bmm.evaluation.data import Row, Split
+from bmm.grams.collect import GramSum
+from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
+from bmm.sources import fingerprint_model
+from bmm.store import Draft, Reference, Store
+
+GROUPS = ("encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense", "pooler.dense")
+TEXTS = [" ".join(f"w{(index * step) % 60}" for step in range(1, 3 + index % 9)) for index in range(30)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardRequest:
+    """All rows of one expert as one shard, in a store of its own."""
+    store = Store(tmp_path_factory.mktemp("shards") / "store")
+    split = Split("calibration", tuple(Row(text, None, 0) for text in TEXTS))
+
+    def make(draft: Draft) -> None:
+        (draft.path / "calibration.jsonl").write_text(split.to_jsonl())
+
+    data, _ = store.obtain("expert", "0" * 64, make)
+    expert = fingerprint_model("experts/task0", pico_source, "the expert")
+    return ShardRequest(
+        expert_digest=expert.digest,
+        split_digest=split.digest,
+        start=0,
+        stop=len(TEXTS),
+        max_length=16,
+        batch_size=4,
+        groups=GROUPS,
+        store=str(store.root),
+        expert_path=expert.path,
+        data=data.to_json(),
+    )
+
+
+def summed(requests: list[ShardRequest]) -> dict[str, GramSum]:
+    store = Store(Path(requests[0].store))
+    return reduce([store.read(Reference.from_json(compute_shard(vars(one)))) for one in requests], GROUPS)
+
+
+@settings(max_examples=8, deadline=None)
+@given(shard_rows=st.integers(3, 40))
+def test_shards_of_any_size_add_up_to_the_whole(whole: ShardRequest, shard_rows: int) -> None:
+    one = summed([whole])
+    parts = summed(shards_of(whole, len(TEXTS), shard_rows))
+    for name in GROUPS:
+        assert parts[name].rows == one[name].rows
+        difference = (parts[name].total - one[name].total).norm() / one[name].total.norm()
+        assert float(difference) < 1e-6, name
+
+
+@given(rows=st.integers(1, 500), shard_rows=st.integers(1, 200))
+def test_every_row_is_in_one_shard(whole: ShardRequest, rows: int, shard_rows: int) -> None:
+    cut = shards_of(whole, rows, shard_rows)
+    assert [index for part in cut for index in range(part.start, part.stop)] == list(range(rows))
+    assert all(0 < part.stop - part.start <= shard_rows for part in cut)
+    assert len({part.key() for part in cut}) == len(cut)
+
+
+def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp_path: Path) -> None:
+    request = replace(whole, start=3, stop=11)
+    first = compute_shard(vars(request))
+    folder = Path(whole.store) / "artefacts" / "gram-shard" / first["key"]
+    inode = (folder / "sums.safetensors").stat().st_ino
+    assert compute_shard(vars(request)) == first
+    assert (folder / "sums.safetensors").stat().st_ino == inode
+    elsewhere = Store(tmp_path / "other")
+    rows = Store(Path(whole.store)).read(Reference.from_json(whole.data)).file("calibration.jsonl").read_text()
+    data, _ = elsewhere.obtain("expert", "1" * 64, lambda draft: (draft.path / "calibration.jsonl").write_text(rows))  # type: ignore[arg-type,return-value]
+    again = compute_shard(vars(replace(request, store=str(elsewhere.root), data=data.to_json())))
+    assert again == first
+
+
+def test_a_damaged_shard_is_computed_again(whole: ShardRequest) -> None:
+    request = replace(whole, start=12, stop=20)
+    first = compute_shard(vars(request))
+    file = Path(whole.store) / "artefacts" / "gram-shard" / first["key"] / "sums.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert compute_shard(vars(request)) == first
+    assert file.read_bytes() == content
+
+
+def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: ShardRequest) -> None:
+    changes = {
+        "expert_digest": "x",
+        "split_digest": "x",
+        "start": 1,
+        "stop": 2,
+        "max_length": 8,
+        "batch_size": 5,
+        "groups": GROUPS[:1],
+    }
+    keys = {replace(whole, **{name: value}).key() for name, value in changes.items()}  # type: ignore[arg-type]
+    assert len(keys | {whole.key()}) == len(changes) + 1
+    assert replace(whole, store="/b", expert_path="/c", data={}).key() == whole.key()
+
+
+def test_an_expert_that_was_changed_meanwhile_is_refused(whole: ShardRequest) -> None:
+    with pytest.raises(CheckpointError, match="was changed while the merge was running"):
+        compute_shard(vars(replace(whole, expert_digest="0" * 64)))

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bmm.assembly import Assembler
+from bmm.modules.linear import LinearMap
+from bmm.search.space import Setting
+
+QUERY = LinearMap("a.query", 5, 4, "a.query", "qkv", 0)
+KEY = LinearMap("a.key", 3, 4, "a.query", "qkv", 0)
+DENSE = LinearMap("a.dense", 4, 6, "a.dense", "mlp-out", 0)
+MAPS = (QUERY, KEY, DENSE)
+
+
+@dataclass
+class Case:
+    """Random base, anchor, experts and Grams, and how often each Gram was asked for."""
+
+    base: dict[str, torch.Tensor]
+    anchor: dict[str, torch.Tensor]
+    experts: list[dict[str, torch.Tensor]]
+    grams: list[dict[str, torch.Tensor]]
+    asked: list[tuple[int, str]]
+
+    def assembler(self) -> Assembler:
+        case = self
+
+        class Weights:
+            count = len(case.experts)
+
+            def base(self, name: str) -> torch.Tensor:
+                return case.base[name]
+
+            def expert(self, index: int, name: str) -> torch.Tensor:
+                return case.experts[index][name]
+
+        def gram(index: int, group: str) -> torch.Tensor:
+            case.asked.append((index, group))
+            return case.grams[index][group]
+
+        return Assembler(MAPS, Weights(), self.anchor.__getitem__, gram)  # type: ignore[arg-type]
+
+
+def case(seed: int = 0, experts: int = 3) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {map_.weight: torch.randn(map_.outputs, map_.inputs, generator=generator) for map_ in MAPS}
+
+    def grams() -> dict[str, torch.Tensor]:
+        inputs = {map_.input_group: torch.randn(50, map_.inputs, generator=generator).double() for map_ in (KEY, DENSE)}
+        return {group: rows.T @ rows / 50 for group, rows in inputs.items()}
+
+    return Case(weights(), weights(), [weights() for _ in range(experts)], [grams() for _ in range(experts)], [])
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_the_anchor_comes_back_bit_for_bit(seed: int) -> None:
+    made = case(seed)
+    weights = made.assembler().weights({map_.module: Setting(math.inf, 1.0) for map_ in MAPS})
+    assert weights.keys() == made.anchor.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, made.anchor[name])
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_no_prior_is_regmean(seed: int) -> None:
+    made = case(seed)
+    weights = made.assembler().weights({map_.module: Setting(1e-12, 1.0) for map_ in MAPS})
+    for map_ in MAPS:
+        grams = [part[map_.input_group] for part in made.grams]
+        right = sum(e[map_.weight].double() @ g for e, g in zip(made.experts, grams, strict=True))
+        wanted = torch.linalg.solve(sum(grams), right, left=False)  # type: ignore[arg-type]
+        torch.testing.assert_close(weights[map_.weight].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), exponent=st.floats(-4, 2), gamma=st.floats(0.5, 1.5))
+@settings(max_examples=20, deadline=None)
+def test_any_setting_is_the_closed_form(seed: int, exponent: float, gamma: float) -> None:
+    made, lam = case(seed), 10**exponent
+    solved = made.assembler().solve("a.key", Setting(lam, gamma))
+    grams = [part["a.query"] for part in made.grams]
+    anchor, base = made.anchor["a.key.weight"].double(), made.base["a.key.weight"].double()
+    total = torch.stack(grams).sum(0)
+    matrix = total + lam * total.trace() / 4 * torch.eye(4, dtype=torch.float64)
+    pull = sum((e["a.key.weight"].double() - anchor) @ g for e, g in zip(made.experts, grams, strict=True))
+    mean = anchor + torch.linalg.solve(matrix, pull, left=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(solved.weight.double(), base + gamma * (mean - base), rtol=1e-5, atol=1e-6)
+    assert solved.condition == pytest.approx(float(torch.linalg.cond(matrix)), rel=1e-6)
+
+
+def test_gamma_scales_from_the_base_even_on_the_anchor() -> None:
+    made = case()
+    solved = made.assembler().solve("a.dense", Setting(math.inf, 0.5))
+    wanted = (made.base["a.dense.weight"].double() + made.anchor["a.dense.weight"].double()) / 2
+    torch.testing.assert_close(solved.weight.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert solved.condition == 1.0
+
+
+def test_a_singular_gram_has_no_condition_number_and_a_finite_weight() -> None:
+    made = case()
+    for part in made.grams:
+        part["a.dense"] = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=torch.float64))
+    solved = made.assembler().solve("a.dense", Setting(0.0, 1.0))
+    assert solved.condition is None
+    assert torch.isfinite(solved.weight).all()
+    # The direction that no input had keeps the anchor.
+    torch.testing.assert_close(solved.weight[:, 5], made.anchor["a.dense.weight"][:, 5])
+
+
+def test_each_gram_is_read_once_whatever_is_solved() -> None:
+    made = case()
+    assembler = made.assembler()
+    for lam in (0.1, 1.0, math.inf):
+        assembler.weights({map_.module: Setting(lam, 1.1) for map_ in MAPS})
+    assert sorted(made.asked) == [(index, group) for index in range(3) for group in ("a.dense", "a.query")]
+    assert all(torch.equal(part["a.query"], other["a.query"]) for part, other in zip(made.grams, case().grams, strict=True))
+
+
+def test_a_weight_that_overflows_is_named() -> None:
+    made = case()
+    made.anchor["a.key.weight"] = torch.full((3, 4), 3e38)
+    with pytest.raises(FloatingPointError, match=r"the weight of a\.key is not finite at λ=inf, γ=1\.5"):
+        made.assembler().solve("a.key", Setting(math.inf, 1.5))

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from bmm.errors import RecipeError
+from bmm.recipe import Recipe
+
+DESIGN = """
+base_model: ./base                     # a folder, hub-id@revision, or an MLflow models:/ URI
+experts:
+  - name: news
+    model: ./experts/news
+    task:
+      kind: text-classification
+      text: text
+      label: label
+      max_length: 64
+      calibration: {path: json, data_files: news/calibration.jsonl, split: train, rows: 256}
+      validation:  {path: json, data_files: news/validation.jsonl, split: train}
+      test:        {path: json, data_files: news/test.jsonl, split: train}
+  - name: mail
+    model: ./experts/mail
+    task:
+      text: subject
+      text_pair: body
+      calibration: {path: csv, data_files: [a.csv, b.csv], seed: 3}
+      validation:  {path: org/mail, name: plain, split: dev, revision: abc}
+      test:        {path: ./saved/mail}
+anchor: {method: tsv}
+grams: {source: activations}
+regression: {mode: module-wise}
+search: {per: type, trials: 24, objective: share-of-expert, seed: 0}
+cluster: {scheduler: null, workers: 2, memory_limit: 8GiB}
+output: ./merged
+"""
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    return copy.deepcopy(yaml.safe_load(DESIGN))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(write(folder, text))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_key_that_was_promised_is_read(tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(write(tmp_path, DESIGN))
+    news, mail = recipe.experts
+    assert (news.name, news.model, news.task.max_length) == ("news", "./experts/news", 64)
+    assert news.task.calibration.data_files == "news/calibration.jsonl"
+    assert news.task.calibration.rows == 256
+    assert (mail.task.text, mail.task.text_pair, mail.task.calibration.seed) == ("subject", "body", 3)
+    assert mail.task.calibration.data_files == ["a.csv", "b.csv"]
+    assert (mail.task.validation.name, mail.task.validation.split) == ("plain", "dev")
+    assert mail.task.validation.revision == "abc"
+    assert (recipe.search.per, recipe.search.trials, recipe.search.seed) == ("type", 24, 0)
+    assert (recipe.cluster.scheduler, recipe.cluster.workers, recipe.cluster.memory_limit) == (None, 2, "8GiB")
+    assert (recipe.anchor.method, recipe.grams.source, recipe.regression.mode) == ("tsv", "activations", "module-wise")
+    assert recipe.resolve(recipe.output) == tmp_path / "merged"
+
+
+def test_everything_but_base_experts_and_output_has_a_default(values: dict[str, Any]) -> None:
+    short = {key: values[key] for key in ("base_model", "experts", "output")}
+    assert Recipe.from_mapping(short).document() == Recipe.from_mapping(values).document()
+
+
+@pytest.mark.parametrize("key", ["base_model", "experts", "output"])
+def test_what_has_no_default_must_be_there(values: dict[str, Any], key: str) -> None:
+    del values[key]
+    with pytest.raises(RecipeError, match=f"the key '{key}' is missing"):
+        Recipe.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ((), "trails"),
+        ((), "wudi"),
+        (("experts", 1), "experts.1.trails"),
+        (("experts", 0, "task"), "experts.0.task.trails"),
+        (("experts", 0, "task", "test"), "experts.0.task.test.trails"),
+        (("anchor",), "anchor.trails"),
+        (("anchor",), "anchor.checkpoint"),
+        (("grams",), "grams.trails"),
+        (("regression",), "regression.trails"),
+        (("search",), "search.trails"),
+        (("cluster",), "cluster.trails"),
+        (("evaluation",), "evaluation.trails"),
+        (("coverage",), "coverage.trails"),
+        (("tracking",), "tracking.trails"),
+    ],
+)
+def test_an_unknown_key_is_named_in_full(values: dict[str, Any], path: tuple[str | int, ...], named: str) -> None:
+    place: Any = values
+    for part in path:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else place[part]
+    place[named.split(".")[-1]] = 1
+    with pytest.raises(RecipeError, match=f"unknown key '{named}'"):
+        Recipe.from_mapping(values)
+
+
+def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="'folder' is not a key"):
+        Recipe.from_mapping({**values, "folder": "/elsewhere"})
+    assert "folder" not in Recipe.from_mapping(values, folder="/somewhere").document()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("anchor", {"method": "magic"}, "'anchor': .*magic"),
+        ("anchor", {"method": "ta", "scale": -1}, r"'anchor.scale': .*given: -1"),
+        ("anchor", "tsv", "'anchor': .*given: 'tsv'"),
+        ("anchor", {"method": "checkpoint"}, "'anchor.path' is missing"),
+        ("search", {"trials": 0}, r"'search.trials': .*given: 0"),
+        ("search", {"gamma": [0.5, 0.9]}, "gamma must include 1"),
+        ("search", {"gamma": [1.1, 1.5]}, "gamma must include 1"),
+        ("search", {"log10_lambda": [2, -4]}, "'search.log10_lambda': the lower end must be below"),
+        ("search", {"per": "colour"}, "'search.per'"),
+        ("cluster", {"memory_limit": "much"}, r"'cluster.memory_limit': .*given: 'much'"),
+        ("cluster", {"workers": 0}, "'cluster.workers'"),
+        ("max_shard_size", "big", "'max_shard_size'"),
+        ("dtype", "int8", "'dtype'"),
+        ("evaluation", {"compare": ["average", "best"]}, "'evaluation.compare.1'"),
+        ("coverage", {"minimum": 1.5}, "'coverage.minimum'"),
+        ("output", "", "'output'"),
+        ("base_model", None, "'base_model'"),
+        ("experts", [], "'experts'"),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_key(values: dict[str, Any], key: str, value: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_mapping({**values, key: value})
+
+
+@pytest.mark.parametrize("second", ["news", "NEWS"])
+def test_two_experts_cannot_have_one_name(values: dict[str, Any], second: str) -> None:
+    values["experts"][1]["name"] = second
+    with pytest.raises(RecipeError, match="'news' is given to two experts"):
+        Recipe.from_mapping(values)
+
+
+@pytest.mark.parametrize("name", ["mean", "a/b", "../up", "", "-x", "a b", "x" * 65, 7])
+def test_a_name_that_would_make_trouble_is_refused(values: dict[str, Any], name: Any) -> None:
+    values["experts"][0]["name"] = name
+    with pytest.raises(RecipeError, match=r"'experts(\.0\.name)?'"):
+        Recipe.from_mapping(values)
+
+
+def test_one_expert_is_not_a_merge(values: dict[str, Any]) -> None:
+    values["experts"] = values["experts"][:1]
+    with pytest.raises(RecipeError, match=r"'experts': .*at least 2"):
+        Recipe.from_mapping(values)
+
+
+@pytest.mark.parametrize("size", ["512KiB", "500MB", "1.5 GiB", "2TB", "64kiB", "100B"])
+def test_sizes_are_written_as_people_write_them(values: dict[str, Any], size: str) -> None:
+    assert Recipe.from_mapping({**values, "max_shard_size": size}).max_shard_size == size
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base_model: [", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("output: 2024-13-45", "not valid YAML"),
+        ("base_model: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("[" * 3000, "not valid YAML"),
+        ("base_model: a\nbase_model: b", "'base_model' is given twice"),
+        ("search: {trials: 3, trials: 4}", "'trials' is given twice"),
+        ("- base_model", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("just words", "must be a mapping"),
+        (DESIGN + "1: 2", "'1': Keys should be strings"),
+    ],
+)
+def test_what_is_not_a_recipe_gets_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+def test_a_recipe_that_cannot_be_read_gets_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no recipe at .*none\.yaml.*bmm init"):
+        Recipe.from_yaml(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="is a folder; name the recipe's YAML file"):
+        Recipe.from_yaml(tmp_path)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("output: Köln".encode("latin-1"))
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.from_yaml(latin)
+
+
+def test_yaml_may_share_what_several_experts_have_in_common(tmp_path: Path) -> None:
+    text = """
+    base_model: ./base
+    output: ./merged
+    experts:
+      - name: one
+        model: ./one
+        task: &task
+          max_length: 32
+          calibration: {path: json, data_files: a.jsonl}
+          validation: {path: json, data_files: b.jsonl}
+          test: {path: json, data_files: c.jsonl}
+      - name: two
+        model: ./two
+        task: {<<: *task, max_length: 48}
+    """
+    one, two = Recipe.from_yaml(write(tmp_path, text)).experts
+    assert (one.task.max_length, two.task.max_length) == (32, 48)
+    assert two.task.calibration == one.task.calibration
+
+
+def test_the_schema_accepts_a_recipe_and_its_document_and_refuses_unknown_keys(values: dict[str, Any]) -> None:
+    schema = Recipe.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    document = Recipe.from_mapping(values).document()
+    check.validate(json.loads(json.dumps(document)))
+    check.validate(values)
+    for wrong in (
+        {**document, "trails": 1},
+        {**document, "folder": "/somewhere"},
+        {**document, "search": {**document["search"], "trails": 1}},
+        {**document, "experts": document["experts"][:1]},
+    ):
+        assert list(check.iter_errors(json.loads(json.dumps(wrong)))), wrong
+
+
+def test_the_document_gives_the_same_recipe_again(values: dict[str, Any]) -> None:
+    values |= {"anchor": {"scale": 0.7}, "search": {"gamma": [0.9, 1.1]}}
+    recipe = Recipe.from_mapping(values)
+    assert (recipe.anchor.method, recipe.anchor.scale) == ("tsv", 0.7)
+    again = Recipe.from_mapping(json.loads(json.dumps(recipe.document())))
+    assert again == recipe
+
+
+def test_a_recipe_cannot_be_changed(values: dict[str, Any]) -> None:
+    recipe = Recipe.from_mapping(values)
+    with pytest.raises(ValidationError):
+        recipe.output = "elsewhere"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        recipe.search.trials = 3  # type: ignore[misc]
+
+
+def test_paths_are_taken_from_the_recipes_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, DESIGN)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    recipe = Recipe.from_yaml(Path("..") / path.name)
+    assert recipe.resolve("./base") == tmp_path / "base"
+    assert recipe.resolve("/absolute") == Path("/absolute")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bmm.pipeline import STAGES
+from bmm.recipe import Recipe
+from bmm.requests import Requests
+from bmm.sources import Expert, Inputs, Model
+from bmm.stages.request import Result
+
+SPLITS = {split: {"path": "json", "data_files": f"{split}.jsonl"} for split in ("calibration", "validation", "test")}
+VALUES: dict[str, Any] = {
+    "base_model": "base",
+    "experts": [{"name": name, "model": name, "task": SPLITS} for name in ("one", "two")],
+    "output": "merged",
+    "anchor": {"method": "checkpoint", "path": "anchor"},
+}
+
+
+def inputs(**changes: str) -> Inputs:
+    """Return inputs whose digests and places can be changed by name."""
+
+    def model(name: str) -> Model:
+        return Model(name, changes.get(f"{name}.path", f"/{name}"), None, changes.get(name, f"digest of {name}"))
+
+    experts = tuple(
+        Expert(name, model(name), {"max_length": 16}, {"test": {"files": [changes.get(f"{name}.data", "rows")]}})
+        for name in ("one", "two")
+    )
+    return Inputs(model("base"), experts, model("anchor"))
+
+
+def keys(recipe: Recipe, given: Inputs) -> dict[str, str]:
+    """Return every stage's key; a stage's artefacts are named by its key, so that changes travel on."""
+    requests = Requests(recipe, given)
+    results: dict[str, Result] = {}
+    for stage in STAGES:
+        request = requests.build(stage, results)
+        references = {name: f"{stage} {request.key} {name}" for name in ("one", "two")}
+        name = "search" if stage == "search" else "anchor" if stage == "anchor" else "layout"
+        outputs = {name: f"{stage} {request.key}", "experts": references}
+        results[stage] = Result(stage, request.key, "ran", 0.0, outputs)
+    return {stage: result.key for stage, result in results.items()}
+
+
+def changed(values: dict[str, Any] | None = None, **digests: str) -> set[str]:
+    before = keys(Recipe.from_mapping(VALUES), inputs())
+    after = keys(Recipe.from_mapping({**VALUES, **(values or {})}), inputs(**digests))
+    return {stage for stage in STAGES if before[stage] != after[stage]}
+
+
+EVERYTHING = set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("values", "stages"),
+    [
+        ({"output": "elsewhere"}, set()),
+        ({"cluster": {"workers": 7, "scheduler": "tcp://host:1", "memory_limit": "1GiB"}}, set()),
+        ({"tracking": {"enabled": False, "experiment": "other"}}, set()),
+        ({"search": {"trials": 3}}, {"search", "evaluate", "publish"}),
+        ({"search": {"seed": 3}}, {"search", "evaluate", "publish"}),
+        ({"search": {"gamma": [0.9, 1.1]}}, {"search", "evaluate", "publish"}),
+        ({"coverage": {"minimum": 0.1}}, {"search", "evaluate", "publish"}),
+        ({"dtype": "bfloat16"}, {"search", "evaluate", "publish"}),
+        ({"max_shard_size": "1MB"}, {"publish"}),
+        ({"evaluation": {"bootstrap_samples": 300}}, {"evaluate"}),
+        ({"evaluation": {"compare": ["average"]}}, {"evaluate"}),
+        ({"evaluation": {"batch_size": 7}}, {"search", "evaluate", "publish"}),
+        ({"grams": {"shard_rows": 7}}, {"grams", "search", "evaluate", "publish"}),
+        ({"grams": {"batch_size": 7}}, {"grams", "search", "evaluate", "publish"}),
+        ({"anchor": {"method": "ta"}}, {"anchor", "search", "evaluate", "publish"}),
+    ],
+)
+def test_a_change_of_the_recipe_reaches_the_stages_that_depend_on_it(values: dict[str, Any], stages: set[str]) -> None:
+    assert changed(values) == stages
+
+
+@pytest.mark.parametrize(
+    ("digests", "stages"),
+    [
+        ({"base": "x"}, EVERYTHING),
+        ({"one": "x"}, EVERYTHING),
+        ({"one.data": "x"}, EVERYTHING),
+        ({"anchor": "x"}, {"anchor", "search", "evaluate", "publish"}),
+        ({"base.path": "/moved", "one.path": "/moved", "anchor.path": "/moved"}, set()),
+    ],
+)
+def test_a_change_of_the_inputs_reaches_the_stages_that_depend_on_it(digests: dict[str, str], stages: set[str]) -> None:
+    # Layouts and rows are named by the first stage's key here, so everything that reads them follows it.
+    assert changed(**digests) == stages
+
+
+def test_the_settings_of_an_anchor_count_and_the_place_of_a_checkpoint_does_not() -> None:
+    assert changed({"anchor": {"method": "checkpoint", "path": "the/same/elsewhere"}}) == set()
+    recipe = {**VALUES, "anchor": {"method": "ta"}}
+    given = replace(inputs(), anchor=None)
+    one = keys(Recipe.from_mapping(recipe), given)
+    two = keys(Recipe.from_mapping({**recipe, "anchor": {"method": "ta", "scale": 0.5}}), given)
+    assert {stage for stage in STAGES if one[stage] != two[stage]} == {"anchor", "search", "evaluate", "publish"}
+
+
+def test_there_is_no_other_stage() -> None:
+    with pytest.raises(ValueError, match="no stage 'bake'"):
+        Requests(Recipe.from_mapping(VALUES), inputs()).build("bake", {})

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bmm.checkpoint.layout import compare
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError
+from bmm.weights import ExpertWeights, require_finite
+
+QUERY = "encoder.layer.0.attention.self.query.weight"
+
+
+def opened(pico: Path) -> ExpertWeights:
+    base = Checkpoint.open(pico / "base")
+    experts = {name: Checkpoint.open(pico / "experts" / name) for name in ("task1", "task0")}
+    return ExpertWeights(base, experts, compare(base, experts), [QUERY])
+
+
+def test_tensors_come_by_canonical_name_and_experts_in_the_order_given(pico: Path) -> None:
+    weights = opened(pico)
+    assert weights.count == 2
+    assert QUERY in weights.names()
+    assert not [name for name in weights.names() if name.startswith(("bert.", "classifier"))]
+    assert torch.equal(weights.base(QUERY), load_file(pico / "base" / "model.safetensors")[QUERY])
+    for index, name in enumerate(("task1", "task0")):
+        stored = load_file(pico / "experts" / name / "model.safetensors")
+        assert torch.equal(weights.expert(index, QUERY), stored[f"bert.{QUERY}"])
+    assert not torch.equal(weights.expert(0, QUERY), weights.expert(1, QUERY))
+    assert weights.parameter(QUERY).shape == (16, 16)
+    assert weights.is_linear(QUERY)
+    assert not weights.is_linear("embeddings.word_embeddings.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_entries_that_are_not_finite_are_counted_and_named(pico: Path, value: float) -> None:
+    file = pico / "experts" / "task0" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors[f"bert.{QUERY}"][3, 4:6] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = opened(pico)
+    weights.check_finite(0, QUERY)
+    with pytest.raises(CheckpointError, match=rf"experts/task0: the tensor bert\.{QUERY} has 2 NaN or infinite entries"):
+        weights.check_finite(1, QUERY)
+
+
+def test_integers_are_always_finite(pico: Path) -> None:
+    with Checkpoint.open(pico / "base") as base:
+        require_finite(torch.arange(3), base, "ids")
