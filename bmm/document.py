@@ -45,6 +45,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
             "source": inputs.base.source,
             "digest": inputs.base.digest,
             "revision": inputs.base.revision,
+            "license": work.read(results["experts"].reference("layout")).read_json("base.json")["license"],
         },
         "experts": [
             {
@@ -59,8 +60,11 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
             for expert in inputs.experts
         ],
         "anchor": anchor,
-        "metrics": evaluation["metrics"],
-        "methods": evaluation["methods"],
+        "metrics": {
+            split: {task: measured[task] for task in (*experts, "mean")}
+            for split, measured in evaluation["metrics"].items()
+        },
+        "methods": [{**row, "tasks": {task: row["tasks"][task] for task in experts}} for row in evaluation["methods"]],
         "coverage": search_artefact.read_json("coverage.json"),
         "search": search_artefact.read_json("search.json"),
         "stages": {

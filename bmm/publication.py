@@ -50,7 +50,7 @@ def read_document(output: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads((output / "merge.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise OutputError(f"{output} holds no readable merge.json; name the output folder of a finished merge")

@@ -76,7 +76,15 @@ class GramSettings(_Part):
 class RegressionSettings(_Part):
     """How the module weights are solved for."""
 
-    mode: Literal["module-wise"] = "module-wise"
+    mode: Literal["module-wise", "propagated"] = Field(
+        default="propagated",
+        description="each map on what its experts read, or, layer by layer, on what the merged model itself reads",
+    )
+    walk_lambda: float = Field(
+        default=0.1,
+        gt=0,
+        description="of the walk through the network in propagated mode, before the search",
+    )
 
 
 Range = Annotated[tuple[float, float], Field(description="lower and upper end")]

@@ -49,8 +49,9 @@ anchor: {{method: {anchor}}}
 # What each layer is fed when an expert reads its own calibration rows.
 grams: {{source: activations}}
 
-# Each linear layer is solved for on its own.
-regression: {{mode: module-wise}}
+# propagated: layer by layer, each linear map is solved for on what the merged model itself feeds it.
+# module-wise: each on its own, on what it is fed in the experts.
+regression: {{mode: propagated}}
 
 # How much to trust the anchor (lambda) and how far to go from the base (gamma) is searched for on validation,
 # one pair for each type of layer. The same seed gives the same trials.

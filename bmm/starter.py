@@ -65,7 +65,8 @@ def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
 
 def _checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the folders that hold encoders without a head of ours, and those that hold sequence classifiers."""
-    bases, experts = [], []
+    bases: list[Path] = []
+    experts: list[Path] = []
     for config in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
         # An earlier merge's output is neither.
         if (config.parent / "merge.json").exists():

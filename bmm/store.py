@@ -227,7 +227,7 @@ class Store:
         found = None if wanted_anew else self.find(kind, key)
         if found is not None:
             return found, True
-        with self._locked(kind, key):
+        with self.locked(kind, key):
             # Somebody else may have made it while this process waited for the lock.
             found = None if wanted_anew else self.find(kind, key)
             if found is not None:
@@ -274,7 +274,12 @@ class Store:
             shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
-    def _locked(self, kind: str, key: str) -> Iterator[None]:
+    def locked(self, kind: str, key: str) -> Iterator[None]:
+        """Hold the lock of one key, of an artefact or of any other piece of work; not to be taken twice.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
         with explained(self.root):
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock")

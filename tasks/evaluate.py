@@ -15,7 +15,7 @@ def _show(store: Store, result: Result) -> None:
     found = store.read(result.reference("evaluation")).read_json("evaluation.json")
     tasks: list[dict[str, Any]] = [
         {"task": task, **{name: entry[name] for name in ("base", "expert", "anchor", "merged")}}
-        for task, entry in found["metrics"]["test"].items()
+        for task, entry in sorted(found["metrics"]["test"].items(), key=lambda item: item[0] == "mean")
     ]
     create_table_artifact(tasks, key="bmm-test-accuracy", description="Accuracy on the test rows")
     methods = [

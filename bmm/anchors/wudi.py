@@ -24,6 +24,7 @@ from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import WUDISettings
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
 
+
 class WUDI(TaskVectorAnchor):
     """Merges linear maps with the least interference and averages the rest."""
 

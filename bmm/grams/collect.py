@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from bmm.errors import BMMError
+from bmm.modules.padding import unpadded
 
 
 @dataclass
@@ -45,7 +46,7 @@ def collect(
     mask: torch.Tensor | None = None
 
     def record(name: str, inputs: torch.Tensor) -> None:
-        rows = _unpadded(inputs, mask).to(torch.float32)
+        rows = unpadded(inputs, mask).to(torch.float32)
         product = (rows.T @ rows).to(torch.float64)
         part = GramSum(product, rows.shape[0])
         if name in sums:
@@ -73,11 +74,3 @@ def collect(
                 f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?"
             )
     return sums
-
-
-def _unpadded(inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the rows `(rows, in)` of `inputs` that are not padding."""
-    if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape:
-        return inputs[mask.bool()]
-    # One row an example (a pooler's input), or no padding at all.
-    return inputs.reshape(-1, inputs.shape[-1])

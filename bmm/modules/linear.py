@@ -41,6 +41,12 @@ class LinearMap:
     input_group: str
     type: str
     layer: int | None
+    bias: bool = True
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Canonical names of the weight and, where there is one, the bias."""
+        return (self.weight, f"{self.module}.bias") if self.bias else (self.weight,)
 
     @property
     def weight(self) -> str:
@@ -92,7 +98,8 @@ def discover(encoder: torch.nn.Module, probe: Mapping[str, torch.Tensor]) -> tup
     maps = []
     for name, module in found.items():
         group = first_reader.setdefault(read[name], name)
-        maps.append(LinearMap(name, module.out_features, module.in_features, group, module_type(name), layer_of(name)))
+        sizes = (module.out_features, module.in_features)
+        maps.append(LinearMap(name, *sizes, group, module_type(name), layer_of(name), bias=module.bias is not None))
     return tuple(maps)
 
 

@@ -42,6 +42,7 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
         def make_layout(draft: Draft) -> None:
             layout = compare(base_checkpoint, checkpoints)
             draft.write_json("layout.json", layout.to_json())
+            draft.write_json("base.json", {"license": base_checkpoint.license})
             first = experts[0]
             model = build_model(checkpoints[first.name], first.name, first.task["max_length"], 1)
             draft.write_json("modules.json", _modules(model))

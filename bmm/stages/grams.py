@@ -7,6 +7,7 @@ shard is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,15 @@ def plan_job(
 
 def compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> dict[str, Reference]:
     """Return every job's `grams` artefact, computing the shards that no earlier run has finished."""
+    with ExitStack() as locks:
+        # Held from the list of what is missing to the removal of the shards: another run, which would find them gone,
+        # would compute them again. Always in one order, so that two runs never wait for each other.
+        for key in sorted({job.key for job in jobs}):
+            locks.enter_context(work.store.locked("gram-job", key))
+        return _compute(work, jobs, cluster)
+
+
+def _compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> dict[str, Reference]:
     fresh = work.store.fresh
     wanted = [job for job in jobs if fresh or work.store.find("grams", job.key) is None]
     missing = [
@@ -78,8 +88,13 @@ def compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> di
         for shard in missing:
             work.store.discard("gram-shard", shard.key())
     if missing:
-        with progress("collecting Gram matrices", len(missing)) as bar, workers(cluster) as client:
-            run_all(client, compute_shard, [vars(shard) for shard in missing], bar)
+        try:
+            with progress("collecting Gram matrices", len(missing)) as bar, workers(cluster) as client:
+                run_all(client, compute_shard, [vars(shard) for shard in missing], bar)
+        except BaseException:
+            # One shard's error ends the workers in the middle of others.
+            work.store.remove_leftovers()
+            raise
     return {job.expert: _sum(work, job) for job in jobs}
 
 

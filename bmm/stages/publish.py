@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.reader import Checkpoint
-from bmm.checkpoint.tensors import TensorInfo, dtype_name
+from bmm.checkpoint.tensors import TensorInfo, dtype_name, torch_dtype
 from bmm.checkpoint.verified import open_verified
 from bmm.checkpoint.writer import write_weights
 from bmm.prediction import StoredWeights, head_tensors
@@ -57,7 +58,8 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
 
 def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint, folder: Path) -> None:
     merged = StoredWeights(work.read(Reference.from_json(request.inputs["search"])))
-    dtypes = published_dtypes(setup, DTYPES[request.settings["dtype"]])
+    wanted = DTYPES[request.settings["dtype"]]
+    dtypes = published_dtypes(setup, wanted)
     shapes = {parameter.name: parameter.shape for parameter in setup.layout.shared}
     infos = [TensorInfo(name, shape, dtype_name(dtypes[name])) for name, shape in shapes.items()]
     # An encoder weight that no expert has (a pooler that their heads do without) stays the base's.
@@ -66,10 +68,14 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
         for name, key in encoder_names(base, setup.layout.prefix).items()
         if key in setup.layout.dropped and base.info(key).is_float
     }
-    infos += [TensorInfo(name, base.info(key).shape, base.info(key).dtype) for name, key in unused.items()]
+    infos += [TensorInfo(name, base.info(key).shape, wanted or base.info(key).dtype) for name, key in unused.items()]
     infos.sort(key=lambda info: info.name)
-    limit = parse_bytes(request.settings["max_shard_size"])
-    write_weights(folder, infos, lambda name: base.tensor(unused[name]) if name in unused else merged(name), limit)
+    written = {info.name: torch_dtype(info.dtype) for info in infos}
+
+    def get(name: str) -> Tensor:
+        return base.tensor(unused[name]).to(written[name]) if name in unused else merged(name)
+
+    write_weights(folder, infos, get, parse_bytes(request.settings["max_shard_size"]))
 
 
 def _config(config: dict[str, Any], architecture: str, dtype: str) -> dict[str, Any]:

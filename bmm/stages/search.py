@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bmm.assembly import Assembler
+from bmm.assembly import Assembler, module_wise, propagated
 from bmm.errors import CheckpointError
 from bmm.evaluation.metrics import accuracy, mean_ratio_to_expert
 from bmm.grams.store import GramReader
@@ -23,6 +23,7 @@ from bmm.search.run import Outcome, search
 from bmm.search.space import ModulePlace, Setting, Space, groups_of
 from bmm.search.study import Study, Trial
 from bmm.stages.anchor import published_dtypes, write_state
+from bmm.stages.propagation import walk_moments
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft
@@ -62,7 +63,11 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
         expert: accuracy(correct) for expert, correct in expert_predictions(setup, panel, "validation").items()
     }
     with setup.weights() as weights:
-        assembler = Assembler(setup.regressed, weights, anchored, lambda index, group: readers[index].gram(group))
+        if request.settings["regression"]["mode"] == "propagated":
+            moments = walk_moments(work, request, setup, weights, anchored)
+            assembler = propagated(setup.regressed, weights, anchored, moments)
+        else:
+            assembler = module_wise(setup.regressed, weights, anchored, lambda index, group: readers[index].gram(group))
         dtype = DTYPES[request.settings["dtype"]]
         dtypes = published_dtypes(setup, dtype)
         rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
@@ -93,23 +98,23 @@ def _write_best(
     dtype: str | None,
 ) -> None:
     """Write the best trial's encoder, and for every parameter how it came about."""
-    by_weight = {map_.weight: map_ for map_ in setup.regressed}
+    modules = assembler.parameters
     entries: dict[str, dict[str, Any]] = {}
 
     def get(name: str) -> torch.Tensor:
-        map_ = by_weight.get(name)
+        module = modules.get(name)
         entry: dict[str, Any] = {"parameter": name, "shape": list(weights.parameter(name).shape), "module": None}
         entry |= {"treatment": treatments[name], "lambda": None, "gamma": None, "condition": None}
         tensor = rest[name]
-        if map_ is not None:
-            group = groups[map_.module]
+        if module is not None:
+            group = groups[module]
             setting = best.settings[group]
             entry["module"] = group
             if math.isinf(setting.lam) and setting.gamma == 1.0:
                 entry["treatment"] = "anchored"
             else:
-                solved = assembler.solve(map_.module, setting)
-                tensor = solved.weight
+                solved = assembler.solve(module, setting)
+                tensor = solved.tensors[name]
                 entry |= {"treatment": "regressed", "gamma": setting.gamma, "condition": solved.condition}
                 entry["lambda"] = None if math.isinf(setting.lam) else setting.lam
         entries[name] = entry

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmm.assembly import Assembler
+from bmm.assembly import Assembler, module_wise
 from bmm.modules.linear import LinearMap
 from bmm.search.space import Setting
 
@@ -44,7 +44,7 @@ class Case:
             case.asked.append((index, group))
             return case.grams[index][group]
 
-        return Assembler(MAPS, Weights(), self.anchor.__getitem__, gram)  # type: ignore[arg-type]
+        return module_wise(MAPS, Weights(), self.anchor.__getitem__, gram)  # type: ignore[arg-type]
 
 
 def case(seed: int = 0, experts: int = 3) -> Case:
@@ -94,7 +94,9 @@ def test_any_setting_is_the_closed_form(seed: int, exponent: float, gamma: float
     matrix = total + lam * total.trace() / 4 * torch.eye(4, dtype=torch.float64)
     pull = sum((e["a.key.weight"].double() - anchor) @ g for e, g in zip(made.experts, grams, strict=True))
     mean = anchor + torch.linalg.solve(matrix, pull, left=False)  # type: ignore[arg-type]
-    torch.testing.assert_close(solved.weight.double(), base + gamma * (mean - base), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        solved.tensors["a.key.weight"].double(), base + gamma * (mean - base), rtol=1e-5, atol=1e-6
+    )
     assert solved.condition == pytest.approx(float(torch.linalg.cond(matrix)), rel=1e-6)
 
 
@@ -102,7 +104,7 @@ def test_gamma_scales_from_the_base_even_on_the_anchor() -> None:
     made = case()
     solved = made.assembler().solve("a.dense", Setting(math.inf, 0.5))
     wanted = (made.base["a.dense.weight"].double() + made.anchor["a.dense.weight"].double()) / 2
-    torch.testing.assert_close(solved.weight.double(), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(solved.tensors["a.dense.weight"].double(), wanted, rtol=1e-6, atol=1e-7)
     assert solved.condition == 1.0
 
 
@@ -112,9 +114,9 @@ def test_a_singular_gram_has_no_condition_number_and_a_finite_weight() -> None:
         part["a.dense"] = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=torch.float64))
     solved = made.assembler().solve("a.dense", Setting(0.0, 1.0))
     assert solved.condition is None
-    assert torch.isfinite(solved.weight).all()
+    assert torch.isfinite(solved.tensors["a.dense.weight"]).all()
     # The direction that no input had keeps the anchor.
-    torch.testing.assert_close(solved.weight[:, 5], made.anchor["a.dense.weight"][:, 5])
+    torch.testing.assert_close(solved.tensors["a.dense.weight"][:, 5], made.anchor["a.dense.weight"][:, 5])
 
 
 def test_each_gram_is_read_once_whatever_is_solved() -> None:
@@ -123,7 +125,9 @@ def test_each_gram_is_read_once_whatever_is_solved() -> None:
     for lam in (0.1, 1.0, math.inf):
         assembler.weights({map_.module: Setting(lam, 1.1) for map_ in MAPS})
     assert sorted(made.asked) == [(index, group) for index in range(3) for group in ("a.dense", "a.query")]
-    assert all(torch.equal(part["a.query"], other["a.query"]) for part, other in zip(made.grams, case().grams, strict=True))
+    assert all(
+        torch.equal(part["a.query"], other["a.query"]) for part, other in zip(made.grams, case().grams, strict=True)
+    )
 
 
 def test_a_weight_that_overflows_is_named() -> None:

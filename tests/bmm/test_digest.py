@@ -49,6 +49,8 @@ def test_files_are_known_by_name_and_bytes_and_not_by_order_or_place(tmp_path: P
     for name, text in (("a", "1"), ("b", "2"), ("c", "1")):
         (tmp_path / name).write_text(text)
     a, b, c = (tmp_path / name for name in "abc")
-    assert digest_files([("x", a), ("y", b)]) == digest_files([("y", b), ("x", a)]) == digest_files([("x", c), ("y", b)])
+    assert (
+        digest_files([("x", a), ("y", b)]) == digest_files([("y", b), ("x", a)]) == digest_files([("x", c), ("y", b)])
+    )
     assert digest_files([("x", a), ("y", b)]) != digest_files([("x", b), ("y", a)])
     assert digest_files([("x", a)]) != digest_files([("z", a)])

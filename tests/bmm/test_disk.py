@@ -24,9 +24,11 @@ from bmm.errors import CheckpointError, OutputError
     ],
 )
 def test_a_refusal_is_one_sentence_that_names_the_place(code: int, said: str) -> None:
-    with pytest.raises(OutputError, match=f"/some/where cannot be written: .*{said}") as caught:
-        with explained(Path("/some/where")):
-            raise OSError(code, os.strerror(code))
+    with (
+        pytest.raises(OutputError, match=f"/some/where cannot be written: .*{said}") as caught,
+        explained(Path("/some/where")),
+    ):
+        raise OSError(code, os.strerror(code))
     assert "\n" not in str(caught.value)
 
 
@@ -34,11 +36,10 @@ def test_a_refusal_is_one_sentence_that_names_the_place(code: int, said: str) ->
 def test_a_full_disk_is_seen_through_what_libraries_make_of_it(text: str) -> None:
     with pytest.raises(OutputError, match="the disk is full"), explained(Path("x")):
         raise RuntimeError(text)
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = OSError(errno.ENOSPC, text)
     with pytest.raises(OutputError, match="the disk is full"), explained(Path("x")):
-        try:
-            raise OSError(errno.ENOSPC, text)
-        except OSError as error:
-            raise RuntimeError("could not save") from error
+        raise wrapped
 
 
 def test_other_errors_pass_unchanged() -> None:
@@ -49,11 +50,10 @@ def test_other_errors_pass_unchanged() -> None:
 
 
 def test_a_users_mistake_keeps_its_own_sentence() -> None:
+    mistake = CheckpointError("the model is locked")
+    mistake.__context__ = PermissionError(errno.EACCES, "denied")
     with pytest.raises(CheckpointError, match="model is locked"), explained(Path("x")):
-        try:
-            raise PermissionError(errno.EACCES, "denied")
-        except PermissionError as error:
-            raise CheckpointError("the model is locked") from error
+        raise mistake
 
 
 def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

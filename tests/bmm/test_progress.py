@@ -16,6 +16,7 @@ class Recording:
         return self
 
     def finish(self, bar: Bar) -> None:
+        assert bar is self
         self.said.append(("finish",))
 
     def advance(self, steps: float = 1.0) -> None:

@@ -36,7 +36,7 @@ experts:
       test:        {path: ./saved/mail}
 anchor: {method: tsv}
 grams: {source: activations}
-regression: {mode: module-wise}
+regression: {mode: propagated}
 search: {per: type, trials: 24, objective: share-of-expert, seed: 0}
 cluster: {scheduler: null, workers: 2, memory_limit: 8GiB}
 output: ./merged
@@ -73,7 +73,7 @@ def test_every_key_that_was_promised_is_read(tmp_path: Path) -> None:
     assert mail.task.validation.revision == "abc"
     assert (recipe.search.per, recipe.search.trials, recipe.search.seed) == ("type", 24, 0)
     assert (recipe.cluster.scheduler, recipe.cluster.workers, recipe.cluster.memory_limit) == (None, 2, "8GiB")
-    assert (recipe.anchor.method, recipe.grams.source, recipe.regression.mode) == ("tsv", "activations", "module-wise")
+    assert (recipe.anchor.method, recipe.grams.source, recipe.regression.mode) == ("tsv", "activations", "propagated")
     assert recipe.resolve(recipe.output) == tmp_path / "merged"
 
 

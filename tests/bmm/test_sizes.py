@@ -21,7 +21,14 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (5 * 2**20, "5 MiB"), (3 * 2**29, "1.5 GiB"), (2**42, "4096.0 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (5 * 2**20, "5 MiB"),
+        (3 * 2**29, "1.5 GiB"),
+        (2**42, "4096.0 GiB"),
+    ],
 )
 def test_sizes_are_written_as_people_read_them(size: int, text: str) -> None:
     assert readable_bytes(size) == text

@@ -79,7 +79,7 @@ def test_an_output_that_holds_its_own_anchor_is_refused(pico: Path, edit_recipe:
 
 
 def test_an_output_that_is_somebody_elses_is_refused(pico: Path, edit_recipe: Edit) -> None:
-    with pytest.raises(OutputError, match="not a folder this project wrote"):
+    with pytest.raises(OutputError, match=r"not a folder this project wrote"):
         check_output(Recipe.from_yaml(edit_recipe(pico, output="./data")))
     with pytest.raises(OutputError, match="is a file"):
         check_output(Recipe.from_yaml(edit_recipe(pico, output="./recipe.yaml")))
@@ -122,5 +122,5 @@ def test_what_lies_outside_of_the_allowed_folders_is_refused(
 def test_a_model_is_found_from_the_folder_given(pico: Path) -> None:
     model = fingerprint_model("./experts/task0", pico, "MODEL")
     assert (model.source, model.path, model.revision) == ("./experts/task0", str(pico / "experts" / "task0"), None)
-    with pytest.raises(CheckpointError, match="^MODEL"):
+    with pytest.raises(CheckpointError, match=r"^MODEL"):
         fingerprint_model("./experts/none", pico, "MODEL")

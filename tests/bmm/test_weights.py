@@ -43,7 +43,9 @@ def test_entries_that_are_not_finite_are_counted_and_named(pico: Path, value: fl
     save_file(tensors, file, metadata={"format": "pt"})
     weights = opened(pico)
     weights.check_finite(0, QUERY)
-    with pytest.raises(CheckpointError, match=rf"experts/task0: the tensor bert\.{QUERY} has 2 NaN or infinite entries"):
+    with pytest.raises(
+        CheckpointError, match=rf"experts/task0: the tensor bert\.{QUERY} has 2 NaN or infinite entries"
+    ):
         weights.check_finite(1, QUERY)
 
 

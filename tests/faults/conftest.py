@@ -83,7 +83,12 @@ def real_bmm(environment: dict[str, str]) -> Bmm:
 @pytest.fixture
 def environment() -> dict[str, str]:
     """The environment of real commands: this one, with one thread a process."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    return one_thread()
+
+
+def one_thread() -> dict[str, str]:
+    """Return this process's environment for a command whose processes shall have one thread each."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(*words: str | Path) -> list[str]:
@@ -112,7 +117,7 @@ def scheduler() -> Iterator[str]:
         processes=False,
         protocol="tcp",
         host="127.0.0.1",
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
     ) as cluster:
         yield str(cluster.scheduler_address)
 
@@ -147,7 +152,9 @@ def finished(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(small_source, folder / "pico")
     words = command("merge", folder / "pico" / "recipe.yaml", "--no-server", "--store", folder / "store", "--json")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(Answer(0, done.stdout, done.stderr).states().values()) == {"ran"}
     return folder / "pico", folder / "store"
@@ -190,7 +197,7 @@ def assert_no_halves(store: Path) -> None:
 
 
 def records(store: Path, kind: str) -> dict[str, tuple[int, int]]:
-    """Return the artefacts of one kind by key, each with inode and making time of its folder: it changes when remade."""
+    """Return the artefacts of one kind by key, with inode and time of their folders, which change when remade."""
     found: Mapping[str, Path] = {path.name: path for path in (store / "artefacts" / kind).glob("*")}
     return {key: (path.stat().st_ino, path.stat().st_mtime_ns) for key, path in found.items()}
 

@@ -91,6 +91,7 @@ def test_the_tables_are_on_the_server(served: tuple[Path, Path], on_server: Any)
         assert {name: row[name] for name in ("base", "expert", "anchor", "merged")} == {
             name: entry[name] for name in ("base", "expert", "anchor", "merged")
         }
+    # Recipe order is not kept by the artefact, but the mean over the tasks stands below them.
     assert [row["task"] for row in accuracy] == ["task0", "task1", "task2", "mean"]
     methods = json.loads(by_key["bmm-methods"]["data"])
     assert [row["method"] for row in methods] == [row["method"] for row in document["methods"]]
@@ -103,9 +104,7 @@ def test_a_second_run_in_another_process_finds_every_stage_cached(
 ) -> None:
     folder, store = served
     before = model_files(folder / "merged")
-    said = bmm_process(
-        "merge", folder / "recipe.yaml", "--store", store, "--json", before="import sys", after=LOADED
-    )
+    said = bmm_process("merge", folder / "recipe.yaml", "--store", store, "--json", before="import sys", after=LOADED)
     assert said.code == 0, said.err
     assert states(said.document) == EVERY_STAGE_CACHED
     assert states(read_document(folder)) == EVERY_STAGE_CACHED
@@ -139,9 +138,7 @@ def test_a_deleted_artefact_is_made_again_though_prefect_calls_it_cached(
     assert model_files(folder / "merged") == before
 
 
-def test_a_lost_result_of_prefect_costs_nothing(
-    served: tuple[Path, Path], on_server: Any, bmm_here: Command
-) -> None:
+def test_a_lost_result_of_prefect_costs_nothing(served: tuple[Path, Path], on_server: Any, bmm_here: Command) -> None:
     folder, store = served
     results = Path(os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"])
     ours = [path for path in results.rglob("bmm-anchor-*") if path.is_file()]
@@ -268,7 +265,9 @@ def test_two_merges_at_once_compute_each_artefact_once(
     for process in started:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-    made = Counter((store / "made.log").read_text(encoding="utf-8").splitlines())
+    lines = (store / "made.log").read_text(encoding="utf-8").splitlines()
+    # A stage's record holds references alone, and each run that did a part of the stage's work writes it.
+    made = Counter(line for line in lines if not line.startswith("stage-"))
     kinds = {line.split()[0] for line in made}
     assert {"expert", "gram-shard", "grams", "anchor", "search", "evaluation", "model", "predictions"} <= kinds
     assert {line: count for line, count in made.items() if count > 1} == {}

@@ -59,16 +59,16 @@ def test_a_users_mistake_in_a_worker_comes_back_as_it_was(client: Client) -> Non
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.3)
     address = "tcp://127.0.0.1:9"
-    with pytest.raises(RecipeError, match=f"'cluster.scheduler': no Dask scheduler answers at {address}") as caught:
-        with workers(ClusterSettings(scheduler=address)):
-            raise AssertionError("connected to nothing")
+    said = rf"'cluster\.scheduler': no Dask scheduler answers at {address}"
+    with pytest.raises(RecipeError, match=said) as caught, workers(ClusterSettings(scheduler=address)):
+        raise AssertionError("connected to nothing")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("address", ["nonsense://x", "tcp://"])
 def test_an_address_that_is_none_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.3)
-    with pytest.raises(RecipeError, match="'cluster.scheduler'"), workers(ClusterSettings(scheduler=address)):
+    with pytest.raises(RecipeError, match=r"'cluster\.scheduler'"), workers(ClusterSettings(scheduler=address)):
         raise AssertionError("connected to nothing")
 
 

@@ -28,7 +28,12 @@ def chunks(path: Path) -> list[Path]:
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(size=st.integers(1, 40), rows=st.integers(1, 1000), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-30, 1, 1e30]))
+@given(
+    size=st.integers(1, 40),
+    rows=st.integers(1, 1000),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-30, 1, 1e30]),
+)
 def test_a_sum_comes_back_bit_for_bit_over_its_rows(
     tmp_path_factory: pytest.TempPathFactory, size: int, rows: int, seed: int, scale: float
 ) -> None:

@@ -1,0 +1,174 @@
+"""The walk of propagated regression as artefacts, one for each layer: a kill costs the layer in work.
+
+Part of the search stage, which needs the moments; the walk itself is `bmm.regression.propagate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bmm.assembly import with_bias
+from bmm.checkpoint.verified import open_verified
+from bmm.evaluation.model import TaskModel
+from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
+from bmm.progress import progress
+from bmm.regression.propagate import Moments, Unit, Walk, units_of
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import Setup
+from bmm.store import Artefact, Draft
+from bmm.weights import ExpertWeights
+
+WALK_VERSION = 1
+_FILE = "moments.safetensors"
+
+
+def walk_moments(
+    work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights
+) -> Callable[[str], Moments]:
+    """Walk through the network, layer by layer, and return the moments by input group.
+
+    Layers that an earlier, killed run has finished are taken from the store.
+
+    Raises:
+        CheckpointError: the architecture cannot be walked; the message says what to set instead.
+    """
+    lam = request.settings["regression"]["walk_lambda"]
+    inputs = {name: request.inputs[name] for name in ("base", "models", "layout", "anchor")}
+    inputs["calibration"] = {
+        expert.name: work.read(request.inputs["experts"][expert.name]).read_json("expert.json")["splits"]["calibration"]
+        for expert in setup.experts
+    }
+    settings = {
+        "lambda": lam,
+        "batch_size": request.settings["batch_size"],
+        "max_length": [expert.task["max_length"] for expert in setup.experts],
+    }
+    walk = _Walker(work, request, setup, weights, anchored)
+    place: dict[str, Artefact] = {}
+    with progress("walking through the layers", walk.steps) as bar:
+        for unit in walk.units:
+
+            def make(draft: Draft, unit: Unit = unit) -> None:
+                tensors = {}
+                for group, moments in walk.ready().moments(unit, bar):
+                    tensors[f"gram:{group}"] = moments.gram
+                    tensors |= {f"cross:{module}": cross for module, cross in moments.cross.items()}
+                    walk.solve(unit, group, moments, lam)
+                save_file(tensors, draft.path / _FILE)
+
+            made = work.made
+            reference = work.obtain(
+                "walk", {**inputs, "unit": unit.name}, make, settings=settings, version=WALK_VERSION
+            )
+            artefact = work.read(reference)
+            place |= dict.fromkeys(unit.groups, artefact)
+            walk.finish(unit, artefact, replay=work.made == made, lam=lam)
+
+    return lambda group: read_moments(place[group], group, walk.members(group))
+
+
+def read_moments(artefact: Artefact, group: str, modules: list[str]) -> Moments:
+    """Return the moments of one input group."""
+    with safe_open(artefact.file(_FILE), framework="pt") as handle:
+        cross = {module: handle.get_tensor(f"cross:{module}") for module in modules}
+        return Moments(handle.get_tensor(f"gram:{group}"), cross)
+
+
+class _Walker:
+    """A walk whose models are built when the first unit has to be computed, and kept up with units that need not be."""
+
+    def __init__(
+        self, work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights
+    ) -> None:
+        self._work = work
+        self._request = request
+        self._setup = setup
+        self._weights = weights
+        self._anchored = anchored
+        self._walk: Walk | None = None
+        self._behind: list[tuple[Unit, Artefact, float]] = []
+        self.units = units_of(setup.regressed)
+
+    @property
+    def steps(self) -> int:
+        """Number of batches that the whole walk looks at."""
+        rows = [len(read_split(self._data(expert.name), "calibration")) for expert in self._setup.experts]
+        size: int = self._request.settings["batch_size"]
+        return sum(-(-count // size) for count in rows) * sum(len(unit.groups) for unit in self.units)
+
+    def members(self, group: str) -> list[str]:
+        """Return the modules that read one input."""
+        return [map_.module for map_ in self._setup.regressed if map_.input_group == group]
+
+    def ready(self) -> Walk:
+        """Return the walk, standing before the first unit that is not finished."""
+        if self._walk is None:
+            self._walk = self._start()
+        for unit, artefact, lam in self._behind:
+            self._replay(self._walk, unit, artefact, lam)
+        self._behind.clear()
+        return self._walk
+
+    def solve(self, unit: Unit, group: str, moments: Moments, lam: float) -> None:
+        """Give the merged model the solution of one group."""
+        self._solve(self.ready(), unit, group, moments, lam)
+
+    def finish(self, unit: Unit, artefact: Artefact, *, replay: bool, lam: float) -> None:
+        """Go past a unit: at once if it was computed just now, else when somebody needs to stand behind it."""
+        if replay:
+            self._behind.append((unit, artefact, lam))
+        else:
+            self.ready().advance(unit)
+
+    def _replay(self, walk: Walk, unit: Unit, artefact: Artefact, lam: float) -> None:
+        for group in unit.groups:
+            self._solve(walk, unit, group, read_moments(artefact, group, self.members(group)), lam)
+        walk.advance(unit)
+
+    def _solve(self, walk: Walk, unit: Unit, group: str, moments: Moments, lam: float) -> None:
+        spectrum = moments.spectrum(f"the input of {group}")
+        for map_ in unit.groups[group]:
+            posterior = moments.posterior(spectrum, map_.module, with_bias(map_, self._anchored))
+            walk.apply(map_, posterior.mean(lam))
+
+    def _start(self) -> Walk:
+        merged = self._model(self._anchored.state())
+        expert = self._model(self._anchored.state())
+        parameters = dict(expert.encoder.named_parameters())
+
+        def load_expert(index: int, prefix: str) -> None:
+            with torch.no_grad():
+                for name in self._weights.names():
+                    if name in parameters and name.startswith(f"{prefix}." if prefix else ""):
+                        parameters[name].copy_(self._weights.expert(index, name))
+
+        batches = []
+        for source in self._setup.experts:
+            with open_verified(Path(source.model.path), source.model.digest) as checkpoint:
+                model = build_model(
+                    checkpoint, source.name, source.task["max_length"], self._request.settings["batch_size"]
+                )
+                config: Mapping[str, Any] = checkpoint.config
+            rows = read_split(self._data(source.name), "calibration").rows
+            batches.append(list(model.batches(model.tokenise(rows))))
+        return Walk(
+            merged.encoder, expert.encoder, load_expert, batches, self._setup.regressed, str(config["model_type"])
+        )
+
+    def _model(self, state: Mapping[str, torch.Tensor]) -> TaskModel:
+        first = self._setup.experts[0]
+        with open_verified(Path(first.model.path), first.model.digest) as checkpoint:
+            model = build_model(checkpoint, first.name, first.task["max_length"], 1)
+            # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
+            model.load_head(head_tensors(checkpoint, self._setup.layout, first.name))
+        model.load_encoder(state)
+        return model
+
+    def _data(self, expert: str) -> Artefact:
+        return self._work.read(self._request.inputs["experts"][expert])

@@ -1,0 +1,77 @@
+"""The walk's artefacts: one a layer, taken up where a killed run stopped, to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bmm.errors import CheckpointError
+from bmm.pipeline import perform_here, run_stages
+from bmm.recipe import Recipe
+from bmm.regression import propagate
+from bmm.sources import fingerprint_inputs
+from bmm.store import Entry, Store
+
+UPTO_SEARCH = ("experts", "task-vectors", "grams", "anchor", "search")
+
+
+def search(folder: Path) -> Path:
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    store = Store(folder / "store")
+    results = run_stages(recipe, fingerprint_inputs(recipe), store, perform_here, UPTO_SEARCH)
+    return store.read(results["search"].reference("search")).path
+
+
+def walked(folder: Path) -> dict[str, Entry]:
+    """The walk's artefacts in the order in which they were made."""
+    entries = [entry for entry in Store(folder / "store").entries() if entry.kind == "walk"]
+    return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.made)}
+
+
+def test_every_layer_and_the_pooler_leave_an_artefact(merged: Path) -> None:
+    assert len(walked(merged)) == 3
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_walk_goes_on_where_it_stopped_to_the_same_bytes(merged: Path, lost: int) -> None:
+    store = Store(merged / "store")
+    before = (search(merged) / "model.safetensors").read_bytes()
+    made = walked(merged)
+    moments = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in made.items()}
+    gone = list(made)[-lost:]
+    for entry in store.entries():
+        if entry.key in gone or entry.kind in ("search", "stage-search"):
+            assert store.remove(entry)
+    assert (search(merged) / "model.safetensors").read_bytes() == before
+    again = walked(merged)
+    assert again.keys() == made.keys()
+    for key, entry in again.items():
+        assert (entry.path / "moments.safetensors").read_bytes() == moments[key]
+        assert (entry.made == made[key].made) == (key not in gone)
+
+
+def test_only_the_walk_depends_on_its_reference(merged: Path, edit_recipe: Callable[..., Path]) -> None:
+    search(merged)
+    first = walked(merged)
+    edit_recipe(merged, search={"per": "model", "trials": 3})
+    search(merged)
+    assert walked(merged).keys() == first.keys()
+    edit_recipe(merged, search={"per": "model", "trials": 3}, regression={"walk_lambda": 1.0})
+    search(merged)
+    assert len(walked(merged)) == 2 * len(first)
+
+
+def test_an_architecture_that_cannot_be_walked_is_the_users_to_change(
+    merged: Path, edit_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise CheckpointError("set regression.mode to module-wise")
+
+    monkeypatch.setattr(propagate.Walk, "_enter", refuse)
+    edit_recipe(merged, regression={"walk_lambda": 0.5})
+    with pytest.raises(CheckpointError, match=r"set regression\.mode"):
+        search(merged)
+    edit_recipe(merged, regression={"mode": "module-wise"})
+    assert (search(merged) / "model.safetensors").exists()

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bmm.errors import ArtefactDamagedError
+from bmm.plan import cached_results
+from bmm.prediction import Panel, StoredWeights, read_split
+from bmm.recipe import Recipe
+from bmm.requests import Requests
+from bmm.sources import fingerprint_inputs
+from bmm.stages.request import Work
+from bmm.stages.search import panel_of
+from bmm.stages.setup import Setup, setup_of
+from bmm.store import Store
+
+TASKS = ["task0", "task1", "task2"]
+
+
+class Opened:
+    """A merged folder's panel and everything around it."""
+
+    def __init__(self, folder: Path) -> None:
+        recipe = Recipe.from_yaml(folder / "recipe.yaml")
+        inputs = fingerprint_inputs(recipe)
+        self.work = Work(Store(folder / "store"))
+        self.results = cached_results(recipe, inputs, self.work.store)
+        request = Requests(recipe, inputs).build("search", self.results)
+        self.setup: Setup = setup_of(self.work, request)
+        self.panel: Panel = panel_of(self.work, request, self.setup)
+
+    def expert(self, index: int) -> dict[str, torch.Tensor]:
+        with self.setup.weights() as weights:
+            return {name: weights.expert(index, name).clone() for name in weights.names()}
+
+    def merged(self) -> StoredWeights:
+        return StoredWeights(self.work.read(self.results["search"].reference("search")))
+
+
+@pytest.fixture
+def opened(merged: Path) -> Opened:
+    return Opened(merged)
+
+
+def answers(folder: Path, task: str, split: str, encoder: dict[str, torch.Tensor] | None = None) -> Any:
+    """Return, row by row and without padding, whether transformers itself finds an encoder with a head right."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "experts" / task).eval()
+    model.bert.load_state_dict(encoder or {}, strict=encoder is not None)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "experts" / task)
+    right = []
+    for line in (folder / "data" / task / f"{split}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        with torch.inference_mode():
+            encoded = tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=16)
+            logits = model(input_ids=encoded["input_ids"]).logits
+        right.append(model.config.id2label[int(logits.argmax())] == row["label"])
+    return np.array(right)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_expert_answers_as_transformers_says(opened: Opened, merged: Path, task: str) -> None:
+    found = opened.panel.evaluate(opened.expert(TASKS.index(task)), "test")[task]
+    assert found.tolist() == answers(merged, task, "test").tolist()
+    assert opened.panel.rows(task, "test") == 60
+
+
+def test_one_encoder_serves_every_task_with_its_own_head(opened: Opened, merged: Path) -> None:
+    for index in (2, 0):
+        state = opened.expert(index)
+        for task, found in opened.panel.evaluate(state, "validation").items():
+            assert found.tolist() == answers(merged, task, "validation", state).tolist(), (index, task)
+
+
+def test_answers_are_kept_and_nothing_runs_twice(opened: Opened) -> None:
+    asked: list[int] = []
+
+    def state() -> dict[str, torch.Tensor]:
+        asked.append(1)
+        return opened.expert(0)
+
+    first = opened.panel.predictions("some digest", state, TASKS, "test", "it")
+    made = opened.work.made
+    assert (len(asked), made) == (1, 3)
+    again = opened.panel.predictions("some digest", state, ["task1"], "test", "it")
+    assert (len(asked), opened.work.made) == (1, made)
+    assert again["task1"].tolist() == first["task1"].tolist()
+    opened.panel.predictions("some digest", state, ["task1"], "validation", "it")
+    assert (len(asked), opened.work.made) == (2, made + 1)
+    assert first["task0"].tolist() == opened.panel.evaluate(opened.expert(0), "test")["task0"].tolist()
+
+
+def test_an_evaluation_for_the_search_keeps_nothing(opened: Opened) -> None:
+    before = len(opened.work.store.entries())
+    opened.panel.evaluate(opened.expert(0), "validation")
+    assert len(opened.work.store.entries()) == before
+
+
+def test_weights_that_are_not_finite_are_said_to_be(opened: Opened) -> None:
+    state = opened.expert(0)
+    state["encoder.layer.1.output.dense.weight"].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="logits of task0 are not finite"):
+        opened.panel.evaluate(state, "validation")
+
+
+def test_stored_weights_are_read_by_name(opened: Opened, merged: Path) -> None:
+    stored = opened.merged()
+    state = stored.state()
+    assert set(state) == {parameter.name for parameter in opened.setup.layout.shared}
+    name = "encoder.layer.0.intermediate.dense.weight"
+    assert torch.equal(stored(name), state[name])
+    with pytest.raises(KeyError):
+        stored("no.such.weight")
+
+
+def test_rows_are_those_of_the_file(opened: Opened, merged: Path) -> None:
+    reference = opened.results["experts"].reference("experts", "task1")
+    split = read_split(opened.work.read(reference), "test")
+    lines = [json.loads(line) for line in (merged / "data" / "task1" / "test.jsonl").read_text().splitlines()]
+    assert [row.text for row in split.rows] == [line["text"] for line in lines]
+    assert [row.label for row in split.rows] == [["yes", "no"].index(line["label"]) for line in lines]
+    (merged / "store" / "artefacts" / reference.kind / reference.key / "test.jsonl").write_text("")
+    with pytest.raises(ArtefactDamagedError):
+        Work(Store(merged / "store")).read(reference)

@@ -1,0 +1,126 @@
+"""The main job on real experts: fetched, fine-tuned for a moment, merged by the real command, loaded back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from bmm.zoo.experts import TrainingSettings
+from bmm.zoo.layout import FOUR, prepare
+from bmm.zoo.splits import SplitSizes
+
+pytestmark = pytest.mark.slow
+
+BMM = Path(sys.executable).with_name("bmm")
+STAGES = {"experts", "task-vectors", "grams", "anchor", "search", "evaluate", "publish"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder with its four experts, trained shorter and tested on fewer rows than the demo's own."""
+    folder = tmp_path_factory.mktemp("demo")
+    prepare(
+        folder,
+        training=TrainingSettings(steps=60),
+        sizes=SplitSizes(calibration=128, validation=100, test=200),
+        trials=8,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(demo: Path) -> dict[str, Any]:
+    """What `bmm merge --json` says of the first run."""
+    return merge(demo)
+
+
+def merge(demo: Path) -> dict[str, Any]:
+    command = [BMM, "merge", "recipe.yaml", "--no-server", "--json", "--store", "store"]
+    done = subprocess.run(command, cwd=demo, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def document(demo: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((demo / "merged" / "merge.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_every_expert_beats_the_base_with_its_head(demo: Path, merged: dict[str, Any]) -> None:
+    for name in FOUR:
+        entry = document(demo)["metrics"]["test"][name]
+        assert entry["expert"] > entry["base"] + 0.03, name
+
+
+def test_the_merged_model_keeps_most_of_its_experts_and_beats_the_plain_average(
+    demo: Path, merged: dict[str, Any]
+) -> None:
+    shares = {row["method"]: row["share_of_experts"]["mean"] for row in document(demo)["methods"]}
+    assert set(shares) == {"base", "experts", "average", "ta", "ties", "tsv", "wudi", "regmean", "merged"}
+    assert shares["merged"] > max(shares["base"], shares["average"], shares["ta"])
+    assert shares["merged"] > 0.85
+    assert merged["share_of_experts"]["merged"] == shares["merged"]
+
+
+def test_the_search_never_ends_below_the_anchor_on_validation(demo: Path, merged: dict[str, Any]) -> None:
+    search = document(demo)["search"]
+    assert len(search["trials"]) == 8
+    assert search["trials"][0]["origin"] == "anchor"
+    assert search["best"]["objective"] == max(trial["objective"] for trial in search["trials"])
+    validation = document(demo)["metrics"]["validation"]["mean"]["share_of_experts"]
+    assert validation["merged"] >= validation["anchor"]
+
+
+def test_the_output_loads_and_answers_as_it_was_measured(demo: Path, merged: dict[str, Any]) -> None:
+    output = demo / "merged"
+    _, loading = AutoModel.from_pretrained(output, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    for name in FOUR:
+        head = output / "heads" / f"{name}.safetensors"
+        with safe_open(head, framework="pt") as handle:
+            config = json.loads(handle.metadata()["config"])
+        kind = config.pop("model_type")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            output, config=AutoConfig.for_model(kind, **config)
+        ).eval()
+        unloaded = model.load_state_dict(load_file(head), strict=False)
+        assert not unloaded.unexpected_keys
+        rows = [json.loads(line) for line in (demo / "data" / name / "test.jsonl").read_text().splitlines()]
+        inputs = tokenizer(
+            [row["text"] for row in rows], truncation=True, max_length=32, padding=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            answers = model(**inputs).logits.argmax(1).tolist()
+        right = sum(config["id2label"][str(answer)] == row["label"] for answer, row in zip(answers, rows, strict=True))
+        measured = document(demo)["metrics"]["test"][name]["merged"]
+        # One row may stand on the edge between two classes and fall to either side with the padding.
+        assert right / len(rows) == pytest.approx(measured, abs=1.5 / len(rows))
+
+
+def test_a_second_merge_finds_every_stage_cached(demo: Path, merged: dict[str, Any]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (demo / "merged").glob("*.safetensors")}
+    again = merge(demo)
+    assert {name: stage["state"] for name, stage in again["stages"].items()} == dict.fromkeys(STAGES, "cached")
+    assert {path: path.stat().st_mtime_ns for path in (demo / "merged").glob("*.safetensors")} == before
+
+
+def test_the_report_is_one_file_that_fetches_nothing(demo: Path, merged: dict[str, Any]) -> None:
+    page = (demo / "merged" / "report.html").read_text(encoding="utf-8")
+    for name in FOUR:
+        assert name in page
+    assert page.count("<svg") >= 4
+    for outside in ("<script", "src=", "@import", "<link"):
+        assert outside not in page

@@ -1,0 +1,228 @@
+"""The `bmm` command: help, JSON, exit codes, and what each command says of a finished merge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bmm.pipeline import STAGES
+
+Command = Callable[..., Any]
+Finished = tuple[Path, Path, Any]
+Place = tuple[Path, Path]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], ["demo", "init", "plan", "merge", "grams", "eval", "report", "store", "schema"]),
+        (["demo"], ["FOLDER", "--experts", "--json"]),
+        (["init"], ["DIR", "--force", "--json"]),
+        (["plan"], ["RECIPE", "--store", "--json", "refuse"]),
+        (["merge"], ["RECIPE", "--store", "--fresh", "--resume", "--no-server", "--json"]),
+        (["grams"], ["RECIPE", "--store", "--json", "Gram"]),
+        (["eval"], ["MODEL", "RECIPE", "--split", "--json"]),
+        (["report"], ["RUN", "--store", "--json", "report.html"]),
+        (["schema"], ["JSON Schema"]),
+        (["store"], ["ls", "verify", "prune"]),
+        (["store", "ls"], ["--store", "--json"]),
+        (["store", "verify"], ["--store", "--json", "damaged"]),
+        (["store", "prune"], ["--older-than", "--dry-run", "--json"]),
+    ],
+)
+def test_help_names_what_a_command_takes(
+    words: list[str], named: list[str], bmm_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    said = bmm_here(*words, "--help")
+    assert said.code == 0
+    assert [name for name in named if name.lower() not in said.out.lower()] == []
+
+
+def test_every_command_prints_one_json_document(done: Place, bmm_here: Command, tmp_path: Path) -> None:
+    folder, store = done
+    recipe = folder / "recipe.yaml"
+    commands: dict[str, tuple[object, ...]] = {
+        "stages": ("plan", recipe),
+        "output": ("merge", recipe, "--no-server"),
+        "experts": ("grams", recipe),
+        "share_of_experts": ("eval", folder / "base", recipe),
+        "report": ("report", folder / "merged"),
+        "artefacts": ("store", "ls"),
+        "checked": ("store", "verify"),
+        "leftovers": ("store", "prune"),
+    }
+    for key, words in commands.items():
+        said = bmm_here(*words, "--store", store, "--json")
+        assert said.code == 0, said.out + said.err
+        assert key in said.document
+        assert said.complaints == []
+    said = bmm_here("schema", "--json")
+    assert {"base_model", "experts", "output"} <= said.document["properties"].keys()
+    assert bmm_here("schema").document == said.document
+
+
+def test_every_command_has_something_to_show(done: Place, bmm_here: Command) -> None:
+    folder, store = done
+    recipe = folder / "recipe.yaml"
+    for words, shown in (
+        (("plan", recipe), "cached"),
+        (("merge", recipe, "--no-server"), "every stage cached"),
+        (("grams", recipe), "task1"),
+        (("eval", folder / "merged", recipe), "task1"),
+        (("report", recipe), "report.html"),
+        (("store", "ls"), "gram"),
+        (("store", "verify"), "0 damaged"),
+        (("store", "prune", "--dry-run"), "would remove 0 artefacts"),
+    ):
+        said = bmm_here(*words, "--store", store)
+        assert said.code == 0, said.out + said.err
+        assert shown in said.out
+
+
+def test_exit_codes(done: Place, bmm_here: Command, tmp_path: Path) -> None:
+    folder, store = done
+    missing = bmm_here("merge", tmp_path / "no.yaml", "--store", store)
+    assert missing.code == 2
+    assert missing.out == ""
+    (line,) = missing.complaints
+    assert "no.yaml" in line
+    asked = bmm_here("plan", tmp_path / "no.yaml", "--store", store, "--json")
+    assert (asked.code, asked.document["exit_code"]) == (2, 2)
+    assert bmm_here("merge", "--no-such-option").code == 2
+    assert bmm_here("eval", tmp_path / "nothing", folder / "recipe.yaml", "--store", store).code == 2
+    assert bmm_here("report", tmp_path, "--store", store).code == 2
+    damaged = sorted((store / "artefacts" / "model").glob("*/config.json"))[0]
+    damaged.write_text("{}", encoding="utf-8")
+    said = bmm_here("store", "verify", "--store", store, "--json")
+    assert said.code == 1
+    assert [entry["kind"] for entry in said.document["damaged"]] == ["model"]
+
+
+def test_plan_grams_and_merge_follow_each_other(
+    finished: Finished, bmm_here: Command, edit_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, store = finished[0], tmp_path / "store"
+    place = tmp_path / "pico.yaml"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["base_model"] = str(folder / "base")
+    for expert in recipe["experts"]:
+        expert["model"] = str(folder / expert["model"])
+        for split in ("calibration", "validation", "test"):
+            expert["task"][split]["data_files"] = str(folder / expert["task"][split]["data_files"])
+    three = recipe["experts"]
+
+    def write(**changes: Any) -> Path:
+        place.write_text(yaml.safe_dump({**recipe, "output": str(tmp_path / "merged"), **changes}), encoding="utf-8")
+        return place
+
+    def grams_of() -> dict[str, float]:
+        listed = bmm_here("store", "ls", "--store", store, "--json").document["artefacts"]
+        assert "gram-shard" not in {entry["kind"] for entry in listed}
+        return {entry["key"]: entry["made"] for entry in listed if entry["kind"] == "grams"}
+
+    def planned() -> list[bool]:
+        found = bmm_here("plan", place, "--store", store, "--json").document
+        assert [stage["stage"] for stage in found["stages"]] == list(STAGES)
+        return [stage["cached"] for stage in found["stages"]]
+
+    write(experts=three[:2])
+    assert planned() == [False] * 7
+    assert not store.exists()
+    first = bmm_here("grams", place, "--store", store, "--json").document
+    assert first["state"] == "ran"
+    assert [entry["expert"] for entry in first["experts"]] == ["task0", "task1"]
+    assert planned() == [True] * 3 + [False] * 4
+    made = grams_of()
+    assert {entry["key"] for entry in first["experts"]} == made.keys()
+    # Another recipe with the same experts and data computes no Gram matrix, and uses these.
+    write(experts=three[:2], anchor={"method": "average"})
+    merged = bmm_here("merge", place, "--store", store, "--no-server", "--json").document
+    assert {stage: entry["state"] for stage, entry in merged["stages"].items()} == {
+        **dict.fromkeys(STAGES[:3], "cached"),
+        **dict.fromkeys(STAGES[3:], "ran"),
+    }
+    assert grams_of() == made
+    assert planned() == [True] * 7
+    # One more expert costs its own Gram matrices, no other's.
+    write()
+    second = bmm_here("grams", place, "--store", store, "--json").document
+    assert second["state"] == "ran"
+    assert {key: moment for key, moment in grams_of().items() if key in made} == made
+    assert len(grams_of()) == 3
+
+
+def test_eval_agrees_with_the_merge(done: Place, bmm_here: Command) -> None:
+    folder, store = done
+    measured = json.loads((folder / "merged" / "merge.json").read_text(encoding="utf-8"))["metrics"]
+    words = (folder / "recipe.yaml", "--store", store, "--json")
+    for model, column in (("merged", "merged"), ("base", "base")):
+        for split in ("test", "validation"):
+            found = bmm_here("eval", folder / model, *words, "--split", split).document
+            assert {task: entry["model"] for task, entry in found["tasks"].items()} == {
+                task: measured[split][task][column] for task in ("task0", "task1", "task2")
+            }
+            assert found["share_of_experts"]["mean"] == measured[split]["mean"]["share_of_experts"][column]
+    found = bmm_here("eval", folder / "experts" / "task1", *words).document
+    assert found["tasks"]["task1"]["model"] == measured["test"]["task1"]["expert"]
+
+
+@pytest.mark.parametrize("run", ["merged", "recipe.yaml"])
+def test_report_is_rebuilt(run: str, done: Place, bmm_here: Command) -> None:
+    folder, store = done
+    page = folder / "merged" / "report.html"
+    page.unlink()
+    said = bmm_here("report", folder / run, "--store", store, "--json")
+    assert said.code == 0, said.out + said.err
+    assert Path(said.document["report"]) == page
+    assert "task1" in page.read_text(encoding="utf-8")
+
+
+def test_report_of_a_recipe_that_was_not_merged(done: Place, bmm_here: Command, tmp_path: Path) -> None:
+    said = bmm_here("report", done[0] / "recipe.yaml", "--store", tmp_path / "empty")
+    assert said.code == 2
+    assert "has not been merged yet" in said.err
+
+
+def test_prune_removes_what_is_old(done: Place, bmm_here: Command) -> None:
+    folder, store = done
+    words = ("store", "prune", "--older-than", "0", "--store", store, "--json")
+    would = bmm_here(*words, "--dry-run").document
+    assert would["artefacts"] > 10
+    assert bmm_here("store", "prune", "--store", store, "--json").document["artefacts"] == 0
+    assert bmm_here(*words).document["artefacts"] == would["artefacts"]
+    assert bmm_here("store", "ls", "--store", store, "--json").document["artefacts"] == []
+    assert (folder / "merged" / "config.json").is_file()
+
+
+def test_an_unreachable_tracker_costs_nothing_and_shows_no_password(
+    done: Place, on_server: Any, bmm_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, store = done
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    said = bmm_here("merge", folder / "recipe.yaml", "--store", store, "--json")
+    assert said.code == 0, said.out + said.err
+    assert said.document["mlflow"] is None
+    assert "127.0.0.1" in said.document["mlflow_error"]
+    flow_run = on_server.last_flow_run()
+    assert flow_run["state_name"] == "Completed"
+    told = [said.out, said.err, json.dumps(on_server.task_runs(flow_run)), json.dumps(flow_run)]
+    told += [json.dumps(on_server.find("logs", sort="TIMESTAMP_ASC"))]
+    told += [(folder / "merged" / name).read_text() for name in ("merge.json", "report.html", "README.md")]
+    assert [text[:80] for text in told if "secret" in text] == []
+    people = bmm_here("merge", folder / "recipe.yaml", "--store", store, "--no-server")
+    assert people.code == 0
+    assert "not logged" in people.out
+    assert "secret" not in people.out + people.err
+    # The next merge whose tracker answers writes the record.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    again = bmm_here("merge", folder / "recipe.yaml", "--store", store, "--no-server", "--json")
+    assert again.document["mlflow"]["run_id"]
+    assert again.document["mlflow_error"] is None
