@@ -27,7 +27,7 @@ def end_orphans() -> subprocess.Popen[bytes]:
     """Start the watcher, once in this process; call it before anything that it should look after."""
     mark = uuid.uuid4().hex
     # A session of its own: Ctrl-C at the terminal is for the command, which then stops its children itself.
-    watcher = subprocess.Popen(
+    watcher = subprocess.Popen(  # noqa: S603 - this file, by this interpreter
         [sys.executable, "-P", __file__, mark],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -152,9 +152,7 @@ def finished(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(small_source, folder / "pico")
     words = command("merge", folder / "pico" / "recipe.yaml", "--no-server", "--store", folder / "store", "--json")
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=one_thread())
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(Answer(0, done.stdout, done.stderr).states().values()) == {"ran"}
     return folder / "pico", folder / "store"
