@@ -1,4 +1,4 @@
-"""Pico experts for every test that needs whole merges: real checkpoints, trained for a moment, in a temporary folder."""
+"""Pico experts for tests of whole merges: real checkpoints, trained for a moment, in temporary folders."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +22,7 @@ from bmm.evaluation.data import Split
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
+from bmm.threads import one_thread
 
 SHARD_VERSION = 1
 
@@ -63,8 +63,6 @@ def shards_of(request: ShardRequest, rows: int, shard_rows: int) -> list[ShardRe
 def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
     """Compute one shard, if the store does not have it, and return the reference to it. Runs in a worker."""
     request = ShardRequest(**{**values, "groups": tuple(values["groups"])})
-    # One thread a worker: workers are what runs in parallel, and the bytes must not depend on their number.
-    torch.set_num_threads(1)
     store = Store(Path(request.store))
 
     def make(draft: Draft) -> None:
@@ -78,7 +76,9 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
         draft.write_json("rows.json", {name: part.rows for name, part in sums.items()})
 
-    reference, _ = store.obtain("gram-shard", request.key(), make)
+    # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
+    with one_thread():
+        reference, _ = store.obtain("gram-shard", request.key(), make)
     return reference.to_json()
 
 

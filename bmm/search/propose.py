@@ -28,6 +28,7 @@ from typing import Any
 from bmm.errors import BMMError
 from bmm.search.space import Point, Setting, Space
 from bmm.search.study import Origin, Trial, best_of
+from bmm.threads import one_thread
 
 FIRST_LENGTH = 0.4
 LARGEST_LENGTH = 0.8
@@ -203,16 +204,11 @@ def _reproducible(seed: int) -> Iterator[None]:
     """Seed torch and hold it to one thread inside the block, and put both back: sums then have one order."""
     import torch
 
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), one_thread(), warnings.catch_warnings():
         # What BoTorch warns of (inputs, convergence, jitter) is either handled here or of no use to a caller.
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 def _sobol(dimensions: int, seed: int, position: int) -> list[list[float]]:

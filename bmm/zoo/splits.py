@@ -26,7 +26,7 @@ class SplitSizes:
 
     calibration: int = 256
     validation: int = 200
-    test: int = 500
+    test: int = 400
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,11 @@ def test_a_server_that_does_not_answer_is_one_sentence(done: tuple[Path, Path], 
     assert "--no-server" in line
 
 
+def home_of(folder: Path) -> dict[str, str]:
+    """The environment of a Prefect that keeps everything in one folder."""
+    return {"PREFECT_HOME": str(folder), "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "storage")}
+
+
 @pytest.mark.slow
 def test_with_no_server_configured_the_flow_starts_its_own(
     finished: Finished,
@@ -229,13 +234,13 @@ def test_with_no_server_configured_the_flow_starts_its_own(
     folder, store = tmp_path / "pico", tmp_path / "store"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("merged"))
     words = ("merge", edit_recipe(folder, cluster={"workers": 1}), "--store", store, "--json")
-    first = bmm_process(*words, PREFECT_HOME=str(tmp_path / "prefect-1"), PREFECT_RESULTS_LOCAL_STORAGE_PATH="")
+    first = bmm_process(*words, **home_of(tmp_path / "prefect-1"))
     assert first.code == 0, first.out + first.err
     assert set(states(first.document).values()) == {"ran"}
     assert model_files(folder / "merged") == model_files(finished[2].output)
     assert (tmp_path / "prefect-1").is_dir()
     # Prefect's database and results are lost: what is finished is known by the store.
-    second = bmm_process(*words, PREFECT_HOME=str(tmp_path / "prefect-2"), PREFECT_RESULTS_LOCAL_STORAGE_PATH="")
+    second = bmm_process(*words, **home_of(tmp_path / "prefect-2"))
     assert second.code == 0, second.out + second.err
     assert states(second.document) == EVERY_STAGE_CACHED
     assert model_files(folder / "merged") == model_files(finished[2].output)

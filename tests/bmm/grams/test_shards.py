@@ -118,3 +118,13 @@ def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: S
 def test_an_expert_that_was_changed_meanwhile_is_refused(whole: ShardRequest) -> None:
     with pytest.raises(CheckpointError, match="was changed while the merge was running"):
         compute_shard(vars(replace(whole, expert_digest="0" * 64)))
+
+
+def test_computing_a_shard_leaves_the_threads_of_its_process_alone(whole: ShardRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        compute_shard(vars(replace(whole, start=20, stop=24)))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -34,7 +34,7 @@ def around(value: float, half: float = 0.02) -> list[float]:
 
 def make_document(names: tuple[str, ...] = TASKS, *, layers: int = 6, trials: int = 24) -> dict[str, Any]:
     """Return a merge.json of these tasks as a finished run would write it."""
-    draw = random.Random(7)  # noqa: S311
+    draw = random.Random(7)
     metrics = {split: _metrics(names, draw) for split in ("validation", "test")}
     expert_mean = metrics["test"]["mean"]["expert"]
     base_share = metrics["test"]["mean"]["share_of_experts"]["base"]

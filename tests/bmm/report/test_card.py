@@ -51,7 +51,7 @@ def output_folder(folder, family, task, travels):
     kept = {name: value for name, value in expert.base_model.state_dict().items() if travels not in name}
     expert.base_model.save_pretrained(folder, state_dict=kept)
     words = {"[PAD]": 0, "[UNK]": 1, "a": 5, "text": 6, "to": 7, "classify": 8}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))  # noqa: S106
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)

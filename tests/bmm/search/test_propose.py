@@ -44,7 +44,7 @@ def a_trial(space: Space, index: int, origin: Origin, point: Point, objective: f
 
 def a_history(space: Space = SPACE, count: int = 14, seed: int = 0) -> list[Trial]:
     """The initial design, the Sobol points and some Bayesian ones, best near the cube's centre."""
-    draw = random.Random(seed)  # noqa: S311
+    draw = random.Random(seed)
     points = [(origin, point) for origin, point, _ in initial_design(space, 24)]
     while len(points) < count:
         origin: Origin = "sobol" if len(points) < 8 + sobol_points(space) else "bayesian"

@@ -26,7 +26,7 @@ def _one_thread() -> Iterator[None]:
 def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pico") / "base"
     vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
