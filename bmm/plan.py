@@ -129,6 +129,11 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     shards = sum(
         math.ceil((expert.task.calibration.rows or 256) / recipe.grams.shard_rows) for expert in recipe.experts
     )
+    rows = sum((expert.task.calibration.rows or 256) * expert.task.max_length for expert in recipe.experts)
+    widest = max((sum(shape) for shape in matrices.values()), default=0)
+    walked = recipe.regression.mode == "propagated"
+    # The walk keeps a layer's answers to every calibration row, and the moments of every layer in the store.
+    walk_memory, walk_disk = (8 * rows * widest * _FLOAT32, factors) if walked else (0, 0)
     workers = recipe.cluster.workers
     compared = len(recipe.evaluation.compare)
     shown = {
@@ -136,7 +141,10 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
         "task-vectors": (0, _PROCESS_BYTES),
         "grams": (gram * (experts + shards), workers * (_PROCESS_BYTES + model + 2 * gram)),
         "anchor": (model, _PROCESS_BYTES + model),
-        "search": (output_bytes, _PROCESS_BYTES + 4 * model + factors + gram // max(len(matrices), 1) * experts),
+        "search": (
+            output_bytes + walk_disk,
+            _PROCESS_BYTES + 4 * model + max(factors + gram // max(len(matrices), 1) * experts, walk_memory),
+        ),
         "evaluate": (model * compared, _PROCESS_BYTES + 3 * model),
         "publish": (output_bytes, _PROCESS_BYTES),
     }

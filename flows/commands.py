@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmm.errors import BMMError, UserError
+from bmm.progress import progress
 from bmm.recipe import Recipe
 from bmm.store import Store
 
@@ -69,9 +70,13 @@ def _merge_with_prefect(recipe: Recipe, store: Store) -> Any:
 
     # Before Prefect may start a server of its own.
     end_orphans()
-    from flows.merge import merge_flow
-
     try:
+        with progress("connecting to Prefect (a temporary server takes ten seconds to start)", 1):
+            from prefect.client.orchestration import get_client
+
+            from flows.merge import merge_flow
+
+            get_client(sync_client=True)
         return merge_flow(recipe.document(), str(recipe.folder), str(store.root), store.fresh)
     except RuntimeError as error:
         # Prefect has no type for a server that is not there, only these words.
@@ -196,4 +201,7 @@ def store_prune(store: str | None, older_than_days: float, *, dry_run: bool) -> 
 
 
 def _recipe(path: Path) -> Recipe:
+    from tasks.models import register
+
+    register()
     return Recipe.from_yaml(path)

@@ -10,6 +10,7 @@ from bmm.pipeline import run
 from bmm.recipe import Recipe
 from bmm.stages.request import Request, Result
 from bmm.store import Store
+from tasks.models import register
 from tasks.record import show_summary, track_merge
 from tasks.registry import TASKS
 from tasks.stage import execute
@@ -26,6 +27,7 @@ def merge_flow(recipe: dict[str, Any], folder: str, store: str, fresh: bool = Fa
         store: the artefact store's folder.
         fresh: compute every stage anew.
     """
+    register()
     asked = Recipe.from_mapping(recipe, folder=folder)
     opened = Store.open(store, fresh=fresh)
 

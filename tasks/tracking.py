@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,12 +25,11 @@ from bmm.pipeline import Merge
 from bmm.progress import progress
 from bmm.report.figures import figures, png
 from bmm.store import Store
+from tasks.addresses import without_credentials
 
 _CHILD_OF = "mlflow.parentRunId"
 _MODEL_TAG = "bmm.model_digest"
 _RECIPE_TAG = "bmm.recipe_digest"
-# The user name and password of any address in a text; a password may itself hold an @.
-_CREDENTIALS = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s?#]*@")
 
 
 class TrackingError(BMMError):
@@ -122,11 +120,6 @@ def _track(store: Store, merge: Merge, digest: str) -> Tracked:
         client.delete_run(run.info.run_id)
     run_id = _log(client, experiment, merge, tags)
     return Tracked(run_id, name, without_credentials(uri))
-
-
-def without_credentials(uri: str) -> str:
-    """Return a URI without user name and password."""
-    return _CREDENTIALS.sub(r"\1", uri)
 
 
 def _reason(error: Exception) -> str:

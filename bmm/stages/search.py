@@ -53,9 +53,6 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
     anchor = work.read(request.inputs["anchor"])
     anchored = StoredWeights(anchor)
     panel = panel_of(work, request, setup)
-    readers = [
-        GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr")) for expert in setup.experts
-    ]
     places = [ModulePlace(map_.module, map_.type, map_.layer) for map_ in setup.regressed]
     groups = groups_of(places, settings.per)
     space = Space(tuple(dict.fromkeys(groups.values())), settings.log10_lambda, settings.gamma)
@@ -67,7 +64,11 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
             moments = walk_moments(work, request, setup, weights, anchored)
             assembler = propagated(setup.regressed, weights, anchored, moments)
         else:
-            assembler = module_wise(setup.regressed, weights, anchored, lambda index, group: readers[index].gram(group))
+            grams = [
+                GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr"))
+                for expert in setup.experts
+            ]
+            assembler = module_wise(setup.regressed, weights, anchored, lambda index, group: grams[index].gram(group))
         dtype = DTYPES[request.settings["dtype"]]
         dtypes = published_dtypes(setup, dtype)
         rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}

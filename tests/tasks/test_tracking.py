@@ -20,7 +20,8 @@ import yaml
 
 from bmm.pipeline import Merge
 from bmm.store import Store
-from tasks.tracking import TrackingError, track, track_or_explain, tracking_uri, without_credentials
+from tasks.addresses import without_credentials
+from tasks.tracking import TrackingError, track, track_or_explain, tracking_uri
 
 Finished = tuple[Path, Path, Merge]
 
