@@ -47,7 +47,7 @@ class TrainingSettings:
     encoder, of which a short run touches a few rows only.
     """
 
-    steps: int = 160
+    steps: int = 140
     batch_size: int = 16
     max_length: int = 32
     learning_rate: float = 2e-4
