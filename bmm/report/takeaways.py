@@ -26,8 +26,11 @@ def tasks_sentence(document: Document) -> str:
     }
     if not differences:
         return ""
-    near = sum(difference >= -0.01 for difference in differences.values())
+    # Accuracies are multiples of one over the rows, so a point is a point only up to rounding.
+    near = sum(difference >= -0.01 - 1e-9 for difference in differences.values())
     sentence = f"On {near} of {len(differences)} tasks the merged model is at most one point below its expert"
+    if near == 0:
+        sentence = "On every task the merged model is more than one point below its expert"
     worst = min(differences, key=lambda name: differences[name])
     best = max(differences, key=lambda name: differences[name])
     if differences[worst] < 0:

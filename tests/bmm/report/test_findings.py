@@ -111,3 +111,11 @@ def test_one_lambda_for_all_reads_as_one(document):
         if entry["lambda"] is not None:
             entry["lambda"] = 0.1
     assert takeaways(document)["lambda"].startswith("Every regressed matrix uses λ = 0.1:")
+
+
+def test_tasks_that_all_lose_more_than_a_point_are_said_in_words(document):
+    for entry in document["metrics"]["test"].values():
+        entry["merged"] = entry["expert"] - 0.02
+    assert takeaways(document)["tasks"].startswith("On every task the merged model is more than one point below")
+    next(iter(document["metrics"]["test"].values()))["merged"] += 0.01
+    assert takeaways(document)["tasks"].startswith("On 1 of ")
