@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bmm.digest import digest_json
+from bmm.notes import singular_grams, zero_task_vectors
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import Result, Work
@@ -105,22 +106,9 @@ def peak_rss_bytes() -> int:
 
 
 def _notes(results: Mapping[str, Result], inputs: Inputs, work: Work) -> list[str]:
-    """Return what a person should know that no table shows."""
-    equal: dict[tuple[str, ...], list[str]] = {}
-    notes = []
-    for expert in inputs.experts:
-        norms = work.read(results["task-vectors"].reference("experts", expert.name)).read_json("norms.json")
-        zero = tuple(name for name, entry in norms.items() if entry["norm"] == 0.0)
-        if zero and len(zero) == len(norms):
-            notes.append(f"The expert {expert.name} equals the base in every tensor: its task vector is zero.")
-        elif zero:
-            equal.setdefault(zero, []).append(expert.name)
-    for names, experts in equal.items():
-        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-        who = (
-            f"Every expert equals the base in {names[0]}"
-            if len(experts) == len(inputs.experts)
-            else (f"{', '.join(experts)}: equal to the base in {names[0]}")
-        )
-        notes.append(f"{who}{more}: no task vector there.")
-    return notes
+    norms = {
+        expert.name: work.read(results["task-vectors"].reference("experts", expert.name)).read_json("norms.json")
+        for expert in inputs.experts
+    }
+    coverage = work.read(results["search"].reference("search")).read_json("coverage.json")
+    return [*zero_task_vectors(norms), *singular_grams(coverage)]

@@ -1,0 +1,40 @@
+"""What a person should know of a merge that no table shows, a sentence each. Pure functions of what the stages kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Norms = Mapping[str, Mapping[str, float]]
+
+
+def zero_task_vectors(norms: Mapping[str, Norms]) -> list[str]:
+    """Name the tensors in which experts equal the base; `norms` is expert -> parameter -> `{"norm": …}`."""
+    notes = []
+    equal: dict[tuple[str, ...], list[str]] = {}
+    for expert, entries in norms.items():
+        zero = tuple(name for name, entry in entries.items() if entry["norm"] == 0.0)
+        if zero and len(zero) == len(entries):
+            notes.append(f"The expert {expert} equals the base in every tensor: its task vector is zero.")
+        elif zero:
+            equal.setdefault(zero, []).append(expert)
+    for names, experts in equal.items():
+        who = "Every expert" if len(experts) == len(norms) else ", ".join(experts)
+        verb = "equal" if len(experts) > 1 and len(experts) < len(norms) else "equals"
+        notes.append(f"{who} {verb} the base in {names[0]}{_more(names)}: no task vector there.")
+    return notes
+
+
+def singular_grams(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the regressed parameters whose Gram matrix does not span its inputs at the chosen `λ`."""
+    names = [entry["parameter"] for entry in coverage if entry["lambda"] is not None and entry["condition"] is None]
+    if not names:
+        return []
+    return [
+        f"The Gram matrix behind {names[0]}{_more(names)} is singular at the chosen λ: directions that no calibration "
+        "row showed keep the anchor."
+    ]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

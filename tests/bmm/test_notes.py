@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from bmm.notes import singular_grams, zero_task_vectors
+
+
+def norms(**values: float) -> dict[str, dict[str, float]]:
+    return {name: {"norm": value} for name, value in values.items()}
+
+
+def test_a_zero_task_vector_is_named_once_for_all_who_share_it() -> None:
+    both = norms(embeddings=0.0, query=1.0)
+    assert zero_task_vectors({"news": both, "mail": both}) == [
+        "Every expert equals the base in embeddings: no task vector there."
+    ]
+    assert zero_task_vectors({"news": both, "mail": both, "chat": norms(embeddings=1.0, query=1.0)}) == [
+        "news, mail equal the base in embeddings: no task vector there."
+    ]
+    alone = norms(embeddings=0.0, query=0.0, key=1.0)
+    assert zero_task_vectors({"news": alone, "mail": norms(embeddings=1.0, query=1.0, key=2.0)}) == [
+        "news equals the base in embeddings and 1 more: no task vector there."
+    ]
+
+
+def test_an_expert_that_is_the_base_is_named() -> None:
+    found = zero_task_vectors({"news": norms(query=0.0), "mail": norms(query=1.0)})
+    assert found == ["The expert news equals the base in every tensor: its task vector is zero."]
+
+
+def test_a_singular_gram_names_the_first_parameter_and_only_regressed_ones() -> None:
+    regular = {"parameter": "a.weight", "lambda": 0.1, "condition": 3.0}
+    anchored = {"parameter": "b.weight", "lambda": None, "condition": None}
+    singular = {"parameter": "c.weight", "lambda": 1e-4, "condition": None}
+    assert singular_grams([regular, anchored]) == []
+    (said,) = singular_grams([regular, anchored, singular, {**singular, "parameter": "c.bias"}])
+    assert said.startswith("The Gram matrix behind c.weight and 1 more is singular")
