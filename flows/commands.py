@@ -71,12 +71,14 @@ def _merge_with_prefect(recipe: Recipe, store: Store) -> Any:
     # Before Prefect may start a server of its own.
     end_orphans()
     try:
-        with progress("connecting to Prefect (a temporary server takes ten seconds to start)", 1):
+        with progress("connecting to Prefect", 1) as bar:
             from prefect.client.orchestration import get_client
 
             from flows.merge import merge_flow
 
+            # Starts a temporary server where none is configured.
             get_client(sync_client=True)
+            bar.advance()
         return merge_flow(recipe.document(), str(recipe.folder), str(store.root), store.fresh)
     except RuntimeError as error:
         # Prefect has no type for a server that is not there, only these words.

@@ -91,7 +91,7 @@ class _LineReporter:
         self._open -= 1
         elapsed = time.perf_counter() - bar.started
         if self._open == 0 and elapsed >= _WORTH_A_LINE_SECONDS:
-            self._console.print(_line(bar.text, bar.done, bar.total, elapsed))
+            self._console.print(_line(bar.text, bar.done, bar.total, elapsed), soft_wrap=True)
 
 
 def _line(text: str, done: float, total: float | None, seconds: float) -> str:
