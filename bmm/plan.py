@@ -133,7 +133,7 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     widest = max((sum(shape) for shape in matrices.values()), default=0)
     walked = recipe.regression.mode == "propagated"
     # The walk keeps a layer's answers to every calibration row, and the moments of every layer in the store.
-    walk_memory, walk_disk = (8 * rows * widest * _FLOAT32, factors) if walked else (0, 0)
+    walk_memory, walk_disk = (4 * rows * widest * _FLOAT32, factors) if walked else (0, 0)
     workers = recipe.cluster.workers
     compared = len(recipe.evaluation.compare)
     shown = {

@@ -206,10 +206,12 @@ class Walk:
         if unit.prefix is not None:
             self._enter()
         names = [map_.module for members in unit.groups.values() for map_ in members]
+        found = (self._residual_source(unit, members) for members in unit.groups.values())
+        sources = [source for source in found if source is not None]
         for task, steps in enumerate(self._tasks):
             self._load_expert(task, unit.prefix or "")
             for step in steps:
-                with _watching(self._expert, list(unit.groups), names) as seen:
+                with _watching(self._expert, sources, names) as seen:
                     step.beyond = self._run(self._expert, unit, step, step.expert)
                 step.answers = {name: unpadded(tensor, step.mask) for name, tensor in seen.outputs.items()}
                 step.residuals = {name: unpadded(tensor, step.mask) for name, tensor in seen.inputs.items()}
