@@ -68,5 +68,3 @@ AnchorSettings = Annotated[
     AverageSettings | TaskArithmeticSettings | TIESSettings | TSVSettings | WUDISettings | CheckpointAnchorSettings,
     Field(discriminator="method"),
 ]
-
-DATA_FREE_METHODS = ("average", "ta", "ties", "tsv", "wudi")
