@@ -1,1 +1,1 @@
-"""The inner level: the posterior mean of one linear map, and RegMean, which has no prior."""
+"""The inner level: one map's posterior mean, the walk that feeds it what the merged model reads, and RegMean."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,33 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from answers import TOLD, Answer
 
 from flows.prefect_settings import set_defaults
-
-TOLD = ("merge.json", "report.html", "README.md")
-"""Files of the output that tell of the run; all others are the model."""
-
-_NOTE = re.compile(r".*, \d+\.\d s$")
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The one JSON document on standard output."""
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-    @property
-    def complaints(self) -> list[str]:
-        """Lines on standard error, without the notes on finished work."""
-        return [line for line in self.err.splitlines() if line.strip() and not _NOTE.match(line)]
 
 
 @dataclass(frozen=True)
@@ -127,24 +101,24 @@ def on_server(prefect_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.fixture
-def bmm_here() -> Callable[..., Said]:
+def bmm_here() -> Callable[..., Answer]:
     """Run the command line in this process; an exception that is not an exit code escapes."""
     from typer.testing import CliRunner
 
     from flows.cli import app
 
-    def run(*words: object) -> Said:
+    def run(*words: object) -> Answer:
         found = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-        return Said(found.exit_code, found.stdout, found.stderr)
+        return Answer(found.exit_code, found.stdout, found.stderr)
 
     return run
 
 
 @pytest.fixture
-def bmm_process() -> Callable[..., Said]:
+def bmm_process() -> Callable[..., Answer]:
     """Run the command line in a process of its own; `before` is Python that runs first, `after` runs last."""
 
-    def run(*words: object, before: str = "", after: str = "", **environment: str) -> Said:
+    def run(*words: object, before: str = "", after: str = "", **environment: str) -> Answer:
         program = f"{before}\nfrom flows.cli import app\ntry:\n    app()\nfinally:\n    pass\n"
         for line in after.splitlines():
             program += f"    {line}\n"
@@ -156,7 +130,7 @@ def bmm_process() -> Callable[..., Said]:
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
-        return Said(found.returncode, found.stdout, found.stderr)
+        return Answer(found.returncode, found.stdout, found.stderr)
 
     return run
 
