@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from bmm.anchors.registry import METHODS, build
-from bmm.anchors.settings import DATA_FREE_METHODS, AnchorSettings
+from bmm.anchors.settings import AnchorSettings
 from bmm.errors import BMMError, CheckpointError
 
 VARIANTS = [
@@ -38,7 +38,9 @@ def merge_all(variant, weights):
 
 
 def test_every_method_of_the_recipe_is_registered():
-    assert set(METHODS) == {*DATA_FREE_METHODS, "checkpoint"}
+    schema = TypeAdapter(AnchorSettings).json_schema()
+    assert set(METHODS) == set(schema["discriminator"]["mapping"])
+    assert {"average", "ta", "ties", "tsv", "wudi", "checkpoint"} <= set(METHODS)
 
 
 def test_a_checkpoint_anchor_needs_a_reader():
