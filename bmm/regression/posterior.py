@@ -64,7 +64,7 @@ class Posterior:
         _require_strength(lam)
         if math.isinf(lam) or self.spectrum.trace == 0:
             return self.anchor.clone()
-        denominators, seen = self._denominators(lam)
+        denominators, seen = self.denominators(lam)
         coefficients = self.projection / torch.where(seen, denominators, 1.0)
         return self.anchor + torch.where(seen, coefficients, 0.0) @ self.spectrum.eigenvectors.T
 
@@ -80,12 +80,18 @@ class Posterior:
         _require_strength(lam)
         if math.isinf(lam):
             return 1.0
-        denominators, seen = self._denominators(lam)
+        denominators, seen = self.denominators(lam)
         if not bool(seen.all()):
             return math.inf
         return float(denominators[-1] / denominators[0])
 
-    def _denominators(self, lam: float) -> tuple[Tensor, Tensor]:
+    def denominators(self, lam: float) -> tuple[Tensor, Tensor]:
+        """Return `s + λ̄` (in,), float64 ascending, for a finite `λ`, and which of them count as seen, (in,) bool.
+
+        Raises:
+            BMMError: `lam` is negative or NaN.
+        """
+        _require_strength(lam)
         values = self.spectrum.eigenvalues
         denominators = values + lam * self.spectrum.trace / values.numel()
         return denominators, denominators > RELATIVE_CUTOFF * values[-1]
