@@ -7,7 +7,6 @@ A model here is an encoder (known by the digest of its weights) with one task's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
-from bmm.checkpoint.verified import open_verified
 from bmm.evaluation.data import Split
 from bmm.evaluation.metrics import correct_rows
 from bmm.evaluation.model import TaskModel
@@ -134,7 +132,7 @@ class Panel:
     def _model(self, task: str) -> TaskModel:
         if task not in self._models:
             expert = self._experts[task]
-            with open_verified(Path(expert.model.path), expert.model.digest) as checkpoint:
+            with expert.model.open() as checkpoint:
                 model = build_model(checkpoint, expert.name, expert.task["max_length"], self._batch_size)
                 model.load_head(head_tensors(checkpoint, self._layout, expert.name))
             if self._models:

@@ -16,7 +16,7 @@ from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.folder import check_writable
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.resolve import Resolved, resolve
-from bmm.checkpoint.verified import fingerprint
+from bmm.checkpoint.verified import fingerprint, open_verified
 from bmm.digest import digest_file
 from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
@@ -35,6 +35,14 @@ class Model:
     def to_json(self) -> dict[str, Any]:
         """Return the model as plain JSON values."""
         return dict(vars(self))
+
+    def open(self) -> Checkpoint:
+        """Open the checkpoint, if its files are still those that were fingerprinted.
+
+        Raises:
+            CheckpointError: they have changed since.
+        """
+        return open_verified(Path(self.path), self.digest)
 
 
 @dataclass(frozen=True)

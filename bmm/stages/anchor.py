@@ -14,7 +14,6 @@ from bmm.anchors.registry import build as build_anchor
 from bmm.anchors.settings import AnchorSettings
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, is_float, torch_dtype
-from bmm.checkpoint.verified import open_verified
 from bmm.checkpoint.writer import MAX_SHARD_BYTES, write_weights
 from bmm.errors import CheckpointError
 from bmm.progress import progress
@@ -73,7 +72,7 @@ def checkpoint_reader(stack: ExitStack, setup: Setup, model: Model, what: str) -
     Raises:
         CheckpointError: it lacks one, or has one of another shape; when read, one is not finite.
     """
-    checkpoint = stack.enter_context(open_verified(Path(model.path), model.digest))
+    checkpoint = stack.enter_context(model.open())
     keys = encoder_names(checkpoint, setup.layout.prefix)
     for parameter in setup.layout.shared:
         if parameter.name not in keys:

@@ -11,7 +11,6 @@ import torch
 
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
-from bmm.checkpoint.verified import open_verified
 from bmm.errors import CheckpointError
 from bmm.evaluation.data import check_disjoint, load_split
 from bmm.evaluation.model import TaskModel
@@ -36,7 +35,7 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
     base = Model(**request.where["base"])
     experts = [expert_from_json(value) for value in request.where["experts"]]
     with ExitStack() as stack:
-        base_checkpoint = stack.enter_context(open_verified(Path(base.path), base.digest))
+        base_checkpoint = stack.enter_context(base.open())
         checkpoints = open_all(stack, experts)
 
         def make_layout(draft: Draft) -> None:

@@ -6,7 +6,6 @@ Part of the search stage, which needs the moments; the walk itself is `bmm.regre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bmm.assembly import with_bias
-from bmm.checkpoint.verified import open_verified
 from bmm.evaluation.model import TaskModel
 from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
 from bmm.progress import progress
@@ -150,7 +148,7 @@ class _Walker:
 
         batches = []
         for source in self._setup.experts:
-            with open_verified(Path(source.model.path), source.model.digest) as checkpoint:
+            with source.model.open() as checkpoint:
                 model = build_model(
                     checkpoint, source.name, source.task["max_length"], self._request.settings["batch_size"]
                 )
@@ -163,7 +161,7 @@ class _Walker:
 
     def _model(self, state: Mapping[str, torch.Tensor]) -> TaskModel:
         first = self._setup.experts[0]
-        with open_verified(Path(first.model.path), first.model.digest) as checkpoint:
+        with first.model.open() as checkpoint:
             model = build_model(checkpoint, first.name, first.task["max_length"], 1)
             # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
             model.load_head(head_tensors(checkpoint, self._setup.layout, first.name))

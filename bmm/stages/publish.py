@@ -18,10 +18,10 @@ from torch import Tensor
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, torch_dtype
-from bmm.checkpoint.verified import open_verified
 from bmm.checkpoint.writer import write_weights
 from bmm.prediction import StoredWeights, head_tensors
 from bmm.sizes import parse_bytes
+from bmm.sources import Model
 from bmm.stages.anchor import published_dtypes
 from bmm.stages.request import Request, Work
 from bmm.stages.search import DTYPES
@@ -38,15 +38,15 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
 
     def make(draft: Draft) -> None:
         with ExitStack() as stack:
-            base = stack.enter_context(open_verified(Path(setup.base.path), setup.base.digest))
+            base = stack.enter_context(setup.base.open())
             _write_weights(work, request, setup, base, draft.path)
             architecture = work.read(request.inputs["layout"]).read_json("modules.json")["architecture"]
             dtype = request.settings["dtype"]
             draft.write_json("config.json", _config(base.config, architecture, dtype))
-            _copy_tokenizer(base, Path(setup.experts[0].model.path), draft.path)
+            _copy_tokenizer(base, setup.experts[0].model, draft.path)
             (draft.path / "heads").mkdir()
             for expert in setup.experts:
-                checkpoint = stack.enter_context(open_verified(Path(expert.model.path), expert.model.digest))
+                checkpoint = stack.enter_context(expert.model.open())
                 head = head_tensors(checkpoint, setup.layout, expert.name)
                 # One entry only: safetensors writes several in a random order.
                 metadata = {"config": json.dumps(checkpoint.config, sort_keys=True)}
@@ -86,11 +86,11 @@ def _config(config: dict[str, Any], architecture: str, dtype: str) -> dict[str, 
     return {**kept, "architectures": [architecture]}
 
 
-def _copy_tokenizer(base: Checkpoint, fallback: Path, folder: Path) -> None:
+def _copy_tokenizer(base: Checkpoint, fallback: Model, folder: Path) -> None:
     """Copy the base's tokenizer; where it has none, the first expert's."""
     files = [path for path in base.support_files if path.name != "config.json"]
     if not files:
-        with Checkpoint.open(fallback) as expert:
+        with fallback.open() as expert:
             files = [path for path in expert.support_files if path.name != "config.json"]
     for path in files:
         shutil.copyfile(path, folder / path.name)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
-from bmm.checkpoint.verified import open_verified
 from bmm.modules.linear import LinearMap
 from bmm.sources import Expert, Model
 from bmm.stages.request import Request, Work
@@ -37,7 +35,7 @@ class Setup:
     def weights(self) -> Iterator[ExpertWeights]:
         """Open base and experts, checked against their digests, for the length of the block."""
         with ExitStack() as stack:
-            base = stack.enter_context(open_verified(Path(self.base.path), self.base.digest))
+            base = stack.enter_context(self.base.open())
             linear = [map_.weight for map_ in self.regressed]
             yield ExpertWeights(base, open_all(stack, self.experts), self.layout, linear)
 
@@ -62,7 +60,4 @@ def expert_from_json(value: Mapping[str, Any]) -> Expert:
 
 def open_all(stack: ExitStack, experts: Sequence[Expert]) -> dict[str, Checkpoint]:
     """Open every expert's checkpoint on `stack`, checked against its digest, by the expert's name."""
-    return {
-        expert.name: stack.enter_context(open_verified(Path(expert.model.path), expert.model.digest))
-        for expert in experts
-    }
+    return {expert.name: stack.enter_context(expert.model.open()) for expert in experts}
