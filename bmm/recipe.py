@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from bmm.anchors.settings import AnchorSettings, TSVSettings
+from bmm.anchors.settings import AnchorSettings, Method, TSVSettings
 from bmm.errors import RecipeError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -129,13 +129,23 @@ class EvaluationSettings(_Part):
     """How models are measured and against what they are compared."""
 
     batch_size: int = Field(default=64, ge=1)
-    compare: tuple[Literal["average", "ta", "ties", "tsv", "wudi", "regmean"], ...] = Field(
+    compare: tuple[Method, ...] = Field(
         default=("average", "ta", "ties", "tsv", "wudi", "regmean"),
         description="methods, at their published settings, that get a row in the table",
     )
     bootstrap_samples: int = Field(default=2000, ge=100)
     bootstrap_seed: int = Field(default=0, ge=0)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+    @field_validator("compare")
+    @classmethod
+    def _comparable(cls, value: tuple[Method, ...]) -> tuple[Method, ...]:
+        if "checkpoint" in value:
+            raise ValueError(
+                "the method 'checkpoint' has no settings of its own to compare; "
+                "make that checkpoint the anchor, or measure it with `bmm eval`"
+            )
+        return value
 
 
 class CoverageSettings(_Part):

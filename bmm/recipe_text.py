@@ -43,7 +43,8 @@ _SPLIT_NOTES = (
 )
 
 _TAIL = """
-# The model that the regression starts from and leans on: average, ta, ties, tsv, wudi, or any checkpoint.
+# The model that the regression starts from and leans on: average, ta, ties, dare,
+# tsv, iso-c, iso-cts, wudi, or any checkpoint.
 anchor: {{method: {anchor}}}
 
 # What each layer is fed when an expert reads its own calibration rows.

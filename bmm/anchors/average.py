@@ -15,6 +15,6 @@ class Average(TaskVectorAnchor):
     def __init__(self, settings: AverageSettings) -> None:
         self.settings = settings
 
-    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
         """Return the mean of the task vectors."""
         return vectors.mean(), "averaged"

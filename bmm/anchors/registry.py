@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from bmm.anchors.average import Average
+from bmm.anchors.dare import DARE
 from bmm.anchors.explicit import Explicit
 from bmm.anchors.interface import Anchor
+from bmm.anchors.isotropic import IsoC, IsoCTS
 from bmm.anchors.settings import AnchorSettings
 from bmm.anchors.task_arithmetic import TaskArithmetic
 from bmm.anchors.ties import TIES
@@ -21,7 +23,10 @@ METHODS: dict[str, Callable[..., Anchor]] = {
     "average": Average,
     "ta": TaskArithmetic,
     "ties": TIES,
+    "dare": DARE,
     "tsv": TSV,
+    "iso-c": IsoC,
+    "iso-cts": IsoCTS,
     "wudi": WUDI,
     "checkpoint": Explicit,
 }

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Method = Literal["average", "ta", "ties", "dare", "tsv", "iso-c", "iso-cts", "wudi", "regmean", "checkpoint"]
+"""Every method by name."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,10 +39,38 @@ class TIESSettings(_Settings):
     scale: float | None = Field(default=None, gt=0, le=2, description="defaults to 1 for the mean and 0.3 for the sum")
 
 
+class DARESettings(_Settings):
+    """Drop entries of the task vectors at random, rescale the rest, then merge (Yu et al., arXiv 2311.03099)."""
+
+    method: Literal["dare"] = "dare"
+    drop: float = Field(default=0.9, ge=0, lt=1, description="probability with which an entry is dropped")
+    then: Literal["ta", "ties"] = Field(default="ta", description="how the thinned task vectors are merged")
+    density: float = Field(
+        default=0.2, gt=0, le=1, description="of TIES afterwards: share of all entries kept, by magnitude"
+    )
+    scale: float | None = Field(default=None, gt=0, le=2, description="defaults to 0.3 for ta and 1 for ties")
+    seed: int = Field(default=0, ge=0, description="of the random masks")
+
+
 class TSVSettings(_Settings):
     """Task singular vectors, TSV-M (Gargiulo et al., arXiv 2412.00081)."""
 
     method: Literal["tsv"] = "tsv"
+    scale: float = Field(default=1.0, gt=0, le=2)
+
+
+class IsoCSettings(_Settings):
+    """Isotropic merging in the common subspace, Iso-C (Marczak et al., arXiv 2502.04959)."""
+
+    method: Literal["iso-c"] = "iso-c"
+    scale: float = Field(default=1.0, gt=0, le=2)
+
+
+class IsoCTSSettings(_Settings):
+    """Isotropic merging in common and task-specific subspaces, Iso-CTS (Marczak et al., arXiv 2502.04959)."""
+
+    method: Literal["iso-cts"] = "iso-cts"
+    common: float = Field(default=0.8, ge=0, le=1, description="share of the directions that all tasks have in common")
     scale: float = Field(default=1.0, gt=0, le=2)
 
 
@@ -65,6 +96,14 @@ class CheckpointAnchorSettings(_Settings):
 
 
 AnchorSettings = Annotated[
-    AverageSettings | TaskArithmeticSettings | TIESSettings | TSVSettings | WUDISettings | CheckpointAnchorSettings,
+    AverageSettings
+    | TaskArithmeticSettings
+    | TIESSettings
+    | DARESettings
+    | TSVSettings
+    | IsoCSettings
+    | IsoCTSSettings
+    | WUDISettings
+    | CheckpointAnchorSettings,
     Field(discriminator="method"),
 ]

@@ -15,7 +15,11 @@ class TaskArithmetic(TaskVectorAnchor):
     def __init__(self, settings: TaskArithmeticSettings) -> None:
         self.settings = settings
 
-    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
-        """Return the scaled sum of the task vectors."""
-        total = vectors.total()
-        return (None if total is None else self.settings.scale * total), "anchored"
+    @property
+    def scale(self) -> float:
+        """What the sum is multiplied by."""
+        return self.settings.scale
+
+    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+        """Return the sum of the task vectors."""
+        return vectors.total(), "anchored"

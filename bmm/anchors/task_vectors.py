@@ -55,14 +55,27 @@ class TaskVectors:
         return None if total is None else total / self.count
 
 
-class TaskVectorAnchor(ABC):
-    """A method that adds some combination of the task vectors to the base."""
+class ScaledAnchor(ABC):
+    """A method whose result is `W_0 + scale · direction`, tensor by tensor, with one scale for all of them."""
+
+    @property
+    def scale(self) -> float:
+        """What the direction is multiplied by; 1 for a method without such a setting."""
+        return 1.0
 
     def prepare(self, weights: Weights) -> None:  # noqa: B027 - most methods need no first pass
         """Look at all tensors once; most methods need nothing."""
 
+    @abstractmethod
+    def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
+        """Return one floating-point tensor's direction (float64, None if every expert equals it), and its treatment.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinities, or has another shape than the base's.
+        """
+
     def merge(self, name: str, weights: Weights) -> Merged:
-        """Merge one tensor: `W_0 + update`, or the base's tensor where there is nothing to merge.
+        """Merge one tensor: `W_0 + scale · direction`, or the base's tensor where there is nothing to merge.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinities, or has another shape than the base's.
@@ -70,15 +83,23 @@ class TaskVectorAnchor(ABC):
         base = weights.base(name)
         if not base.is_floating_point():
             return Merged(base.clone(), "copied")
-        vectors = TaskVectors(name, weights)
-        update, treatment = self.update(vectors, linear=base.ndim == 2 and weights.is_linear(name))
-        if update is None:
+        direction, treatment = self.direction(name, weights)
+        if direction is None:
             return Merged(base.to(torch.float32, copy=True), "copied")
-        return Merged((vectors.base + update).to(torch.float32), treatment)
+        return Merged((base.to(torch.float64) + self.scale * direction).to(torch.float32), treatment)
+
+
+class TaskVectorAnchor(ScaledAnchor):
+    """A method whose direction of one tensor is some combination of that tensor's task vectors."""
+
+    def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
+        """Return the combination of the task vectors; see `ScaledAnchor.direction`."""
+        vectors = TaskVectors(name, weights)
+        return self.combine(vectors, linear=vectors.base.ndim == 2 and weights.is_linear(name))
 
     @abstractmethod
-    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
-        """Return what is added to the base (float64, None if every expert equals it), and its treatment."""
+    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+        """Return the direction, before any scale (float64, None if every expert equals the base), and its treatment."""
 
 
 def checked(tensor: Tensor, name: str, owner: str) -> Tensor:

@@ -39,7 +39,7 @@ class TIES(TaskVectorAnchor):
         if self.settings.scope == "global":
             self._thresholds = global_thresholds(weights, self.settings.density)
 
-    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
         """Return the merged task vector."""
         # One running sum and count a sign: which sign wins is known only after the last expert.
         up, down = torch.zeros_like(vectors.base), torch.zeros_like(vectors.base)
@@ -61,7 +61,7 @@ class TIES(TaskVectorAnchor):
             merged_up, merged_down = up, down
         elected = up + down
         merged = torch.where(elected > 0, merged_up, torch.where(elected < 0, merged_down, 0.0))
-        return self.scale * merged, "anchored"
+        return merged, "anchored"
 
     @property
     def scale(self) -> float:

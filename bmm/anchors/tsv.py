@@ -21,10 +21,8 @@ from torch import Tensor
 
 from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import TSVSettings
+from bmm.anchors.spectra import polar_factor, rank_of
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
-
-RELATIVE_CUTOFF = 1e-6
-"""Singular values at or below this share of the largest count as zero."""
 
 
 class TSV(TaskVectorAnchor):
@@ -33,11 +31,16 @@ class TSV(TaskVectorAnchor):
     def __init__(self, settings: TSVSettings) -> None:
         self.settings = settings
 
-    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    @property
+    def scale(self) -> float:
+        """What the merged task vector is multiplied by."""
+        return self.settings.scale
+
+    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the merged task vector."""
         merged = merge_singular_vectors(vectors) if linear else vectors.mean()
         treatment: Treatment = "anchored" if linear else "averaged"
-        return (None if merged is None else self.settings.scale * merged), treatment
+        return merged, treatment
 
 
 def merge_singular_vectors(vectors: TaskVectors) -> Tensor | None:
@@ -49,21 +52,8 @@ def merge_singular_vectors(vectors: TaskVectors) -> Tensor | None:
     left, values, right = [], [], []
     for vector in vectors:
         U, S, Vh = torch.linalg.svd(vector, full_matrices=False)
-        rank = min(share, _rank(S))
+        rank = min(share, rank_of(S))
         left.append(U[:, :rank].clone())
         values.append(S[:rank].clone())
         right.append(Vh[:rank].T.clone())
     return (polar_factor(torch.cat(left, dim=1)) * torch.cat(values)) @ polar_factor(torch.cat(right, dim=1)).T
-
-
-def polar_factor(matrix: Tensor) -> Tensor:
-    """Return the partial isometry nearest to `matrix` (rows, columns), on the directions that it spans."""
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    rank = _rank(S)
-    isometry: Tensor = U[:, :rank] @ Vh[:rank]
-    return isometry
-
-
-def _rank(singular_values: Tensor) -> int:
-    cutoff = RELATIVE_CUTOFF * float(singular_values[0])
-    return int((singular_values > cutoff).sum())

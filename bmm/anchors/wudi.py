@@ -31,7 +31,7 @@ class WUDI(TaskVectorAnchor):
     def __init__(self, settings: WUDISettings) -> None:
         self.settings = settings
 
-    def update(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the merged task vector."""
         if not linear:
             return vectors.mean(), "averaged"

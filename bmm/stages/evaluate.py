@@ -109,6 +109,7 @@ def _compared(
 def _published(method: str) -> dict[str, Any]:
     """Return a method's settings as its authors published them, which are the defaults."""
     if method == "checkpoint":
+        # It has none.
         return {}
     settings: AnchorSettings = TypeAdapter(AnchorSettings).validate_python({"method": method})
     return settings.model_dump(mode="json")

@@ -3,13 +3,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from bmm.anchors.settings import Method
 from bmm.errors import RecipeError
 from bmm.recipe import Recipe
 
@@ -149,6 +150,14 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
 def test_an_impossible_value_is_named_with_its_key(values: dict[str, Any], key: str, value: Any, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         Recipe.from_mapping({**values, key: value})
+
+
+def test_every_method_but_a_checkpoint_can_be_compared(values: dict[str, Any]) -> None:
+    methods = [method for method in get_args(Method) if method != "checkpoint"]
+    recipe = Recipe.from_mapping({**values, "evaluation": {"compare": methods}})
+    assert list(recipe.evaluation.compare) == methods
+    with pytest.raises(RecipeError, match=r"'evaluation.compare': the method 'checkpoint' .*bmm eval"):
+        Recipe.from_mapping({**values, "evaluation": {"compare": ["ta", "checkpoint"]}})
 
 
 @pytest.mark.parametrize("second", ["news", "NEWS"])
