@@ -61,6 +61,12 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
             for expert in inputs.experts
         ],
         "anchor": anchor,
+        "grams": {
+            "source": recipe.grams.source,
+            "experts": {
+                expert.name: results["grams"].reference("experts", expert.name).digest for expert in inputs.experts
+            },
+        },
         "metrics": {
             split: {task: measured[task] for task in (*experts, "mean")}
             for split, measured in evaluation["metrics"].items()

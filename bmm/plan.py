@@ -19,6 +19,7 @@ from bmm.checkpoint.layout import encoder_prefix
 from bmm.checkpoint.reader import Checkpoint
 from bmm.disk import free_bytes
 from bmm.errors import OutputError, RecipeError
+from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams
 from bmm.pipeline import STAGES
 from bmm.recipe import Recipe
 from bmm.requests import Requests
@@ -126,20 +127,17 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     gram = sum(shape[1] ** 2 for shape in _distinct_inputs(matrices).values()) * _FLOAT64
     factors = gram + sum(math.prod(shape) for shape in matrices.values()) * _FLOAT64
     model = weights * _FLOAT32
-    shards = sum(
-        math.ceil((expert.task.calibration.rows or 256) / recipe.grams.shard_rows) for expert in recipe.experts
-    )
     rows = sum((expert.task.calibration.rows or 256) * expert.task.max_length for expert in recipe.experts)
     widest = max((sum(shape) for shape in matrices.values()), default=0)
     walked = recipe.regression.mode == "propagated"
     # The walk keeps a layer's answers to every calibration row, and the moments of every layer in the store.
     walk_memory, walk_disk = (4 * rows * widest * _FLOAT32, factors) if walked else (0, 0)
-    workers = recipe.cluster.workers
+    gram_stage, gram_note = _grams(recipe, model, gram)
     compared = len(recipe.evaluation.compare)
     shown = {
         "experts": (0, _PROCESS_BYTES + model),
         "task-vectors": (0, _PROCESS_BYTES),
-        "grams": (gram * (experts + shards), workers * (_PROCESS_BYTES + model + 2 * gram)),
+        "grams": gram_stage,
         "anchor": (model, _PROCESS_BYTES + model),
         "search": (
             output_bytes + walk_disk,
@@ -148,13 +146,32 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
         "evaluate": (model * compared, _PROCESS_BYTES + 3 * model),
         "publish": (output_bytes, _PROCESS_BYTES),
     }
-    notes = {
-        "grams": f"{shards} shards, {workers} workers, each needs {(_PROCESS_BYTES + model + 2 * gram) / 2**30:.1f} GiB"
-    }
+    notes = {"grams": gram_note}
     stages = tuple(
         StagePlan(name, name in done, disk, memory, notes.get(name, "")) for name, (disk, memory) in shown.items()
     )
     return stages, output_bytes
+
+
+def _grams(recipe: Recipe, model: int, gram: int) -> tuple[tuple[int, int], str]:
+    """Return the disk and the memory that the Gram matrices take, and what a person should know of the work.
+
+    Args:
+        recipe: says where they come from.
+        model: bytes of one model in memory.
+        gram: bytes of one expert's matrices.
+    """
+    experts, settings = len(recipe.experts), recipe.grams
+    match settings:
+        case TaskVectorGrams():
+            return (gram * experts, _PROCESS_BYTES + gram), "from the task vectors, no data"
+        case ArtifactGrams():
+            return (gram * experts, _PROCESS_BYTES), "made elsewhere, copied"
+    shards = sum(math.ceil((expert.task.calibration.rows or 256) / settings.shard_rows) for expert in recipe.experts)
+    copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
+    workers, each = recipe.cluster.workers, _PROCESS_BYTES + model + 2 * gram
+    note = f"{shards} shards, {workers} workers, each needs {each / 2**30:.1f} GiB"
+    return (gram * (copies + shards), workers * each), note
 
 
 def require_fit(plan: Plan, recipe: Recipe) -> None:
@@ -183,7 +200,7 @@ def require_fit(plan: Plan, recipe: Recipe) -> None:
         shortages.append((plan.memory_bytes / plan.memory_total, RecipeError(message)))
     grams = next(stage for stage in plan.stages if stage.stage == "grams")
     each, limit = grams.memory_bytes // recipe.cluster.workers, parse_bytes(recipe.cluster.memory_limit)
-    if not grams.cached and each > limit:
+    if recipe.grams.source in ("activations", "hybrid") and not grams.cached and each > limit:
         message = (
             f"'cluster.memory_limit' is {readable_bytes(limit)}, but a worker needs {readable_bytes(each)}; raise it"
         )

@@ -15,6 +15,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from bmm.anchors.settings import AnchorSettings, Method, TSVSettings
 from bmm.errors import RecipeError
+from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings
+from bmm.regression.settings import RegressionSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 SIZE_PATTERN = r"^\d+(\.\d+)?\s*([kKMGT]i?)?B$"
@@ -63,28 +65,6 @@ class ExpertSource(_Part):
     name: str = Field(pattern=NAME_PATTERN)
     model: str = Field(min_length=1, description="a folder, hub-id@revision, or an MLflow models:/ URI")
     task: TextClassification
-
-
-class GramSettings(_Part):
-    """Where the Gram matrices come from, and how their rows are cut into shards."""
-
-    source: Literal["activations"] = "activations"
-    shard_rows: int = Field(default=128, ge=1, description="calibration rows in one shard of work")
-    batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
-
-
-class RegressionSettings(_Part):
-    """How the module weights are solved for."""
-
-    mode: Literal["module-wise", "propagated"] = Field(
-        default="propagated",
-        description="each map on what its experts read, or, layer by layer, on what the merged model itself reads",
-    )
-    walk_lambda: float = Field(
-        default=0.1,
-        gt=0,
-        description="of the walk through the network in propagated mode, before the search",
-    )
 
 
 Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
@@ -170,7 +150,7 @@ class Recipe(_Part):
     experts: tuple[ExpertSource, ...] = Field(min_length=2)
     output: str = Field(min_length=1)
     anchor: AnchorSettings = TSVSettings()
-    grams: GramSettings = GramSettings()
+    grams: GramSettings = ActivationGrams()
     regression: RegressionSettings = RegressionSettings()
     search: SearchSettings = SearchSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -195,6 +175,26 @@ class Recipe(_Part):
         if "mean" in names:
             raise ValueError("an expert cannot be called 'mean', which is where the means over tasks stand; rename it")
         return value
+
+    @model_validator(mode="after")
+    def _grams_of_every_expert(self) -> Self:
+        if isinstance(self.grams, ArtifactGrams):
+            self.grams.folders(tuple(expert.name for expert in self.experts))
+        return self
+
+    @model_validator(mode="after")
+    def _mode_by_source(self) -> Self:
+        if self.grams.source == "activations":
+            return self
+        if "mode" not in self.regression.model_fields_set:
+            settings = self.regression.model_copy(update={"mode": "module-wise"})
+            object.__setattr__(self, "regression", settings)
+        if self.regression.mode == "propagated":
+            raise ValueError(
+                f"'regression.mode': propagated regression reads the calibration rows itself, so it cannot use Gram "
+                f"matrices from '{self.grams.source}'; set grams.source to activations or the mode to module-wise"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -230,8 +230,9 @@ class Recipe(_Part):
         """
         if "folder" in value:
             raise RecipeError(f"{where}: 'folder' is not a key of the recipe; remove it")
-        if isinstance(value.get("anchor"), dict):
-            value = {**value, "anchor": {"method": "tsv", **value["anchor"]}}
+        for part, tag in (("anchor", {"method": "tsv"}), ("grams", {"source": "activations"})):
+            if isinstance(value.get(part), dict):
+                value = {**value, part: {**tag, **value[part]}}
         try:
             return cls.model_validate({**value, "folder": Path(folder).resolve()})
         except ValidationError as error:
@@ -275,8 +276,8 @@ def _explain(error: ValidationError) -> str:
     """Return the first mistake as one sentence that names its key."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
-    if parts[:1] == ["anchor"]:
-        # Discriminated unions put the chosen method between the key and its option; users never wrote it as a key.
+    if parts[:1] in (["anchor"], ["grams"]):
+        # Discriminated unions put the chosen kind between the key and its option; users never wrote it as a key.
         del parts[1:2]
     key = ".".join(parts) or "the recipe"
     match first["type"]:
@@ -286,6 +287,9 @@ def _explain(error: ValidationError) -> str:
             return f"the key '{key}' is missing; add it"
         case _:
             message = first["msg"].removeprefix("Value error, ")
+            if not parts:
+                # Keys that do not fit together: the sentence names them itself.
+                return str(message)
             given = first.get("input")
             shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
             return f"'{key}': {message}{shown}"

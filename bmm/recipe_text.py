@@ -47,7 +47,8 @@ _TAIL = """
 # tsv, iso-c, iso-cts, wudi, or any checkpoint.
 anchor: {{method: {anchor}}}
 
-# What each layer is fed when an expert reads its own calibration rows.
+# What each layer is fed when an expert reads its own calibration rows. Without data: {{source: task-vectors}};
+# with few rows: {{source: hybrid, rho: 0.5}}; made elsewhere: {{source: artifact, path: ./grams}}.
 grams: {{source: activations}}
 
 # propagated: layer by layer, each linear map is solved for on what the merged model itself feeds it.

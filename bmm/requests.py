@@ -37,11 +37,7 @@ class Requests:
             case "task-vectors":
                 return self._request(stage, results, {})
             case "grams":
-                settings = self.recipe.grams.model_dump(mode="json")
-                where = {"cluster": self.recipe.cluster.model_dump(mode="json")}
-                return self._request(
-                    stage, results, {"experts": results["experts"].outputs["experts"]}, settings, where
-                )
+                return self._grams(results)
             case "anchor":
                 anchor = self.inputs.anchor
                 given: dict[str, Any] = {"checkpoint": anchor.digest} if anchor else {}
@@ -55,6 +51,7 @@ class Requests:
                 settings = {
                     "evaluation": evaluation,
                     "anchor": self._anchor_settings(),
+                    "grams": self.recipe.grams.source,
                     "batch_size": evaluation["batch_size"],
                 }
                 return self._request(stage, results, given, settings)
@@ -78,6 +75,19 @@ class Requests:
             "folder": str(self.recipe.folder),
         }
         return Request("experts", {"base": self.inputs.base.digest, "experts": experts}, {}, where)
+
+    def _grams(self, results: Results) -> Request:
+        # Where matrices that were made elsewhere lie does not count, only what they are.
+        settings = self.recipe.grams.model_dump(mode="json", exclude={"path"})
+        given: dict[str, Any] = {}
+        where: dict[str, Any] = {}
+        if self.recipe.grams.source in ("activations", "hybrid"):
+            given["experts"] = results["experts"].outputs["experts"]
+            where["cluster"] = self.recipe.cluster.model_dump(mode="json")
+        if self.inputs.grams:
+            given["given"] = {name: grams.digest for name, grams in self.inputs.grams.items()}
+            where["given"] = {name: grams.to_json() for name, grams in self.inputs.grams.items()}
+        return self._request("grams", results, given, settings, where)
 
     def _request(
         self,

@@ -7,7 +7,7 @@ files happens here; opening rows and weights does not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from bmm.checkpoint.verified import fingerprint, open_verified
 from bmm.digest import digest_file
 from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
+from bmm.grams.published import PublishedGrams, find
+from bmm.grams.settings import ArtifactGrams
 from bmm.recipe import ExpertSource, Recipe
 
 
@@ -66,6 +68,7 @@ class Inputs:
     base: Model
     experts: tuple[Expert, ...]
     anchor: Model | None
+    grams: Mapping[str, PublishedGrams] = field(default_factory=dict)
 
 
 def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> Inputs:
@@ -83,7 +86,7 @@ def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> I
     anchor = None
     if isinstance(recipe.anchor, CheckpointAnchorSettings):
         anchor = fingerprint_model(recipe.anchor.path, recipe.folder, "anchor.path")
-    return Inputs(base, experts, anchor)
+    return Inputs(base, experts, anchor, _given_grams(recipe))
 
 
 def check_output(recipe: Recipe) -> None:
@@ -97,11 +100,22 @@ def check_output(recipe: Recipe) -> None:
     named = [("base_model", recipe.base_model), *((f"the expert {e.name}", e.model) for e in recipe.experts)]
     if isinstance(recipe.anchor, CheckpointAnchorSettings):
         named.append(("the anchor", recipe.anchor.path))
+    if isinstance(recipe.grams, ArtifactGrams):
+        folders = recipe.grams.folders(tuple(expert.name for expert in recipe.experts))
+        named += [(f"the Gram matrices of {name}", path) for name, path in folders.items()]
     for what, source in named:
         taken = recipe.resolve(source)
         if output == taken or output in taken.parents:
             raise RecipeError(f"'output': {output} holds {what}; name another folder")
     check_writable(output)
+
+
+def _given_grams(recipe: Recipe) -> dict[str, PublishedGrams]:
+    """Find the Gram matrices that were made elsewhere, by expert; none for any other source."""
+    if not isinstance(recipe.grams, ArtifactGrams):
+        return {}
+    folders = recipe.grams.folders(tuple(expert.name for expert in recipe.experts))
+    return {name: find(recipe.resolve(path), f"the Gram matrices of {name}") for name, path in folders.items()}
 
 
 def fingerprint_model(source: str, folder: Path, where: str) -> Model:

@@ -172,21 +172,8 @@ class Store:
     def _load(self, kind: str, key: str) -> Artefact:
         path = self._place(kind, key)
         what = f"the {kind} artefact {key[:12]}"
-        text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
-        try:
-            manifest = json.loads(text)
-            files = dict(manifest["files"])
-            # The text as well, so that a changed digit beyond a number's precision does not pass.
-            intact = manifest["seal"] == _seal(manifest) and text == _manifest_text(manifest)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ArtefactDamagedError(f"{what} has an unreadable manifest") from None
-        if not intact:
-            raise ArtefactDamagedError(f"{what} has an altered manifest")
-        present = set(_files(path)) - {MANIFEST}
-        if present != set(files):
-            odd = sorted(present ^ set(files))[0]
-            raise ArtefactDamagedError(f"{what} lacks, or has too much, the file {odd}")
-        for name, expected in files.items():
+        manifest = read_manifest(path, what)
+        for name, expected in manifest["files"].items():
             self._check(path / name, expected, what)
         return Artefact(Reference(kind, key, manifest["digest"]), path, manifest)
 
@@ -365,6 +352,34 @@ def default_location() -> Path:
     """Return the store's folder when nobody names one."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "bmm" / "store"
+
+
+def read_manifest(folder: Path, what: str) -> dict[str, Any]:
+    """Return the manifest of the artefact in a folder, in a store or outside, whose files are all there by name.
+
+    Args:
+        folder: the artefact's folder.
+        what: begins every message.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ArtefactDamagedError: it is not what was written, or a file is missing or too much.
+    """
+    text = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        files = dict(manifest["files"])
+        # The text as well, so that a changed digit beyond a number's precision does not pass.
+        intact = manifest["seal"] == _seal(manifest) and text == _manifest_text(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ArtefactDamagedError(f"{what} has an unreadable manifest") from None
+    if not intact:
+        raise ArtefactDamagedError(f"{what} has an altered manifest")
+    present = set(_files(folder)) - {MANIFEST}
+    if present != set(files):
+        odd = sorted(present ^ set(files))[0]
+        raise ArtefactDamagedError(f"{what} lacks, or has too much, the file {odd}")
+    return manifest
 
 
 def _files(folder: Path) -> list[str]:

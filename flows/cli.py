@@ -139,19 +139,28 @@ def merge(
 
 @app.command()
 def grams(
-    recipe: RecipeFile, store: StoreOption = None, fresh: FreshOption = False, as_json: JsonOption = False
+    recipe: RecipeFile,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="publish them there, a folder an expert, for recipes on other machines"),
+    ] = None,
+    store: StoreOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compute the experts' Gram matrices alone; any recipe with the same experts and data uses them again."""
 
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.grams(recipe, store, fresh=fresh)
+        return commands.grams(recipe, store, fresh=fresh, output=output)
 
     def show(found: dict[str, Any]) -> None:
         from flows.show import gram_table
 
         _out.print(gram_table(found))
+        if found["output"]:
+            _out.print(f"published in {escape(found['output'])}", soft_wrap=True)
 
     _run(work, as_json, show)
 

@@ -98,8 +98,9 @@ def _merge_here(recipe: Recipe, store: Store) -> Any:
     return track_or_explain(store, merged, enabled=recipe.tracking.enabled)
 
 
-def grams(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
-    """Run the stages up to the Gram matrices."""
+def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = None) -> dict[str, Any]:
+    """Run the stages up to the Gram matrices, and publish them in a folder for each expert below `output`."""
+    from bmm.grams.published import publish
     from bmm.grams.store import GramReader
     from bmm.pipeline import perform_here, run_stages
     from bmm.sources import fingerprint_inputs
@@ -113,6 +114,8 @@ def grams(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
         artefact = opened.read(reference)
         reader = GramReader(artefact.file("grams.zarr"))
         names = reader.names()
+        if output is not None:
+            publish(artefact, output / expert.name)
         experts.append(
             {
                 "expert": expert.name,
@@ -124,7 +127,13 @@ def grams(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
                 "bytes": sum(entry["bytes"] for entry in artefact.manifest["files"].values()),
             }
         )
-    return {"state": results["grams"].state, "seconds": results["grams"].seconds, "experts": experts}
+    return {
+        "state": results["grams"].state,
+        "seconds": results["grams"].seconds,
+        "source": recipe.grams.source,
+        "output": None if output is None else str(output.resolve()),
+        "experts": experts,
+    }
 
 
 def evaluate(model: str, path: Path, split: Literal["validation", "test"], store: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ lost chunk cannot pass for zeros; the artefact's manifest counts and digests the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class GramReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._group = zarr.open_group(path, mode="r")
+        self._group = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
         self.provenance: dict[str, Any] = dict(self._group.attrs)
 
     def names(self) -> list[str]:
@@ -41,8 +41,21 @@ class GramReader:
         """Return the number of rows behind one Gram."""
         return int(str(self._group[name].attrs["rows"]))
 
+    def size(self, name: str) -> int:
+        """Return the number of inputs, `in`, of one Gram."""
+        return int(self._group[name].shape[0])
+
     def gram(self, name: str) -> torch.Tensor:
         """Return `G = XᵀX / rows`, `(in, in)` float64.
+
+        Raises:
+            ArtefactDamagedError: a chunk is missing or damaged.
+        """
+        part = self.sum(name)
+        return part.total / max(part.rows, 1)
+
+    def sum(self, name: str) -> GramSum:
+        """Return the sum `XᵀX`, `(in, in)` float64, and its rows.
 
         Raises:
             ArtefactDamagedError: a chunk is missing or damaged.
@@ -54,14 +67,27 @@ class GramReader:
             raise ArtefactDamagedError(f"the Gram matrix of {name} in {self._path.name} is damaged: {error}") from None
         if bool(torch.isnan(total).any()):
             raise ArtefactDamagedError(f"the Gram matrix of {name} in {self._path.name} has lost a chunk")
-        return total / max(self.rows(name), 1)
+        return GramSum(total, self.rows(name))
 
 
-def write(path: Path, sums: Mapping[str, GramSum], provenance: Mapping[str, Any]) -> None:
-    """Write the sums of one expert as a new Zarr group at `path`, with `provenance` in its attributes."""
+def write(
+    path: Path,
+    sums: Iterable[tuple[str, GramSum]],
+    provenance: Mapping[str, Any],
+    *,
+    statistic: str = "sum of outer products, padding left out",
+) -> None:
+    """Write the sums of one expert as a new Zarr group at `path`, one after the other.
+
+    Args:
+        path: where the group goes.
+        sums: each input group's name and sum; they may be made as they are asked for.
+        provenance: kept in the group's attributes.
+        statistic: what the sums are, for people; kept in each array's attributes.
+    """
     group = zarr.open_group(path, mode="w", zarr_format=3)
     group.attrs.update(dict(provenance))
-    for name, part in sorted(sums.items()):
+    for name, part in sums:
         size = part.total.shape[0]
         array = group.create_array(
             name,
@@ -70,7 +96,7 @@ def write(path: Path, sums: Mapping[str, GramSum], provenance: Mapping[str, Any]
             dtype="float64",
             fill_value=float("nan"),
             compressors=[Crc32cCodec()],
-            attributes={"rows": part.rows, "statistic": "sum of outer products, padding left out"},
+            attributes={"rows": part.rows, "statistic": statistic},
         )
         array[:] = part.total.numpy()
 

@@ -96,7 +96,10 @@ def _compared(
         methods.append(Method("anchor", f"{own['method']} (the anchor)", _options(own)))
     for name in settings.compare:
         if name == "regmean":
+            source = request.settings["grams"]
             reference, said = _regmean_artefact(work, request, setup), {"off_diagonal": ALPHA}
+            if source != "activations":
+                said["grams"] = source
         else:
             published = _published(name)
             method: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(published)

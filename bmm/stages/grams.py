@@ -1,7 +1,7 @@
-"""The Gram stage: which experts and shards are missing, who computes them, what is kept.
+"""The Gram stage: activations, as which experts and shards are missing, who computes them, what is kept.
 
 Between the shards (`bmm.grams.shards`), the cluster (`bmm.grams.cluster`) and the store. No worker starts unless a
-shard is missing.
+shard is missing. The sources that need no forward pass are `bmm.stages.gram_sources`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from bmm.prediction import read_split
 from bmm.progress import progress
 from bmm.recipe import ClusterSettings
 from bmm.sources import Expert
+from bmm.stages.gram_sources import GRAM_VERSION, blended, from_task_vectors, given
 from bmm.stages.request import Request, Work
-from bmm.stages.setup import setup_of
+from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference, artefact_key
-
-GRAM_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _sum(work: Work, job: GramJob) -> Reference:
         shards = [work.read(Reference.from_json(compute_shard(dict(vars(shard))))) for shard in job.shards]
         groups = job.settings["groups"]
         provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
-        gram_store.write(draft.path / "grams.zarr", reduce(shards, groups), provenance)
+        gram_store.write(draft.path / "grams.zarr", sorted(reduce(shards, groups).items()), provenance)
 
     reference = work.obtain("grams", job.inputs, make, settings=job.settings, version=GRAM_VERSION)
     # The shards are summed and the sum is durable: they have done their work.
@@ -114,12 +113,28 @@ def _sum(work: Work, job: GramJob) -> Reference:
 
 
 def grams(work: Work, request: Request) -> dict[str, Any]:
-    """Collect every expert's Gram matrices over its own calibration rows.
+    """Make every expert's Gram matrices, from the source that the recipe names.
 
     Raises:
         ClusterError: the Dask workers failed for good.
+        RecipeError: matrices that were made elsewhere do not fit these experts.
     """
     setup = setup_of(work, request)
+    match request.settings["source"]:
+        case "task-vectors":
+            made = from_task_vectors(work, setup)
+        case "hybrid":
+            activations = _from_activations(work, request, setup)
+            made = blended(work, setup, activations, from_task_vectors(work, setup), request.settings["rho"])
+        case "artifact":
+            made = given(work, request, setup)
+        case _:
+            made = _from_activations(work, request, setup)
+    return {"experts": {name: reference.to_json() for name, reference in made.items()}}
+
+
+def _from_activations(work: Work, request: Request, setup: Setup) -> dict[str, Reference]:
+    """Collect the Grams of every expert over its own calibration rows."""
     groups = list(dict.fromkeys(map_.input_group for map_ in setup.maps))
     jobs = [
         plan_job(
@@ -132,5 +147,4 @@ def grams(work: Work, request: Request) -> dict[str, Any]:
         )
         for expert in setup.experts
     ]
-    made = compute(work, jobs, ClusterSettings.model_validate(request.where["cluster"]))
-    return {"experts": {name: reference.to_json() for name, reference in made.items()}}
+    return compute(work, jobs, ClusterSettings.model_validate(request.where["cluster"]))

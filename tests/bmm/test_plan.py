@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bmm.errors import OutputError, RecipeError
+from bmm.grams.published import PublishedGrams
 from bmm.pipeline import STAGES
 from bmm.plan import Plan, cached_results, make_plan, require_fit
 from bmm.recipe import Recipe
@@ -66,6 +67,30 @@ def test_the_plan_says_what_a_person_asks(pico: Path) -> None:
     assert "2 workers" in next(stage for stage in document["stages"] if stage["stage"] == "grams")["note"]
     assert document["disk_bytes"] == sum(stage["disk_bytes"] for stage in document["stages"])
     assert document["free"]["memory"] > 0
+
+
+@pytest.mark.parametrize(
+    ("grams", "said"),
+    [
+        ({"source": "task-vectors"}, "no data"),
+        ({"source": "artifact", "path": "experts"}, "made elsewhere"),
+        ({"source": "hybrid"}, "2 workers"),
+    ],
+)
+def test_grams_that_need_no_worker_plan_none(
+    pico: Path, edit_recipe: Edit, grams: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bmm.sources.find", lambda folder, _: PublishedGrams(str(folder), "0" * 64))
+    edit_recipe(pico, grams=grams, cluster={"memory_limit": "100MiB"})
+    made, recipe = plan(pico)
+    stage = next(stage for stage in made.stages if stage.stage == "grams")
+    assert said in stage.note
+    assert stage.disk_bytes > 0
+    if grams["source"] == "hybrid":
+        with pytest.raises(RecipeError, match="memory_limit"):
+            require_fit(made, recipe)
+    else:
+        require_fit(made, recipe)
 
 
 def test_a_full_store_is_refused(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,12 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
         ("dtype", "int8", "'dtype'"),
         ("evaluation", {"compare": ["average", "best"]}, "'evaluation.compare.1'"),
         ("coverage", {"minimum": 1.5}, "'coverage.minimum'"),
+        ("grams", {"source": "guesses"}, "'grams': .*guesses"),
+        ("grams", {"source": "task-vectors", "shard_rows": 7}, "unknown key 'grams.shard_rows'"),
+        ("grams", {"source": "hybrid", "rho": 1.5}, "'grams.rho'"),
+        ("grams", {"source": "artifact"}, "'grams.path' is missing"),
+        ("grams", {"source": "artifact", "path": {"news": "a"}}, "'grams.path': mail has no folder"),
+        ("grams", {"source": "artifact", "path": {"news": "a", "mail": "b", "odd": "c"}}, "odd is no expert"),
         ("output", "", "'output'"),
         ("base_model", None, "'base_model'"),
         ("experts", [], "'experts'"),
@@ -158,6 +164,32 @@ def test_every_method_but_a_checkpoint_can_be_compared(values: dict[str, Any]) -
     assert list(recipe.evaluation.compare) == methods
     with pytest.raises(RecipeError, match=r"'evaluation.compare': the method 'checkpoint' .*bmm eval"):
         Recipe.from_mapping({**values, "evaluation": {"compare": ["ta", "checkpoint"]}})
+
+
+@pytest.mark.parametrize(
+    "grams",
+    [{"source": "task-vectors"}, {"source": "hybrid", "rho": 0.3}, {"source": "artifact", "path": "./grams"}],
+)
+def test_grams_that_the_walk_cannot_use_mean_module_wise_regression(
+    values: dict[str, Any], grams: dict[str, Any]
+) -> None:
+    del values["regression"]
+    recipe = Recipe.from_mapping({**values, "grams": grams})
+    assert recipe.regression.mode == "module-wise"
+    assert Recipe.from_mapping(json.loads(json.dumps(recipe.document()))) == recipe
+    assert Recipe.from_mapping({**values, "grams": grams, "regression": {"walk_lambda": 0.5}}).regression.mode == (
+        "module-wise"
+    )
+    with pytest.raises(RecipeError, match=r"the recipe: 'regression.mode': .*from '.*'; set grams.source"):
+        Recipe.from_mapping({**values, "grams": grams, "regression": {"mode": "propagated"}})
+    assert Recipe.from_mapping(values).regression.mode == "propagated"
+
+
+def test_the_folders_of_grams_made_elsewhere_are_known_by_expert(values: dict[str, Any]) -> None:
+    del values["regression"]
+    for path in ("../grams/", {"mail": "../grams/mail", "news": "../grams/news"}):
+        grams = Recipe.from_mapping({**values, "grams": {"source": "artifact", "path": path}}).grams
+        assert grams.folders(("news", "mail")) == {"news": "../grams/news", "mail": "../grams/mail"}
 
 
 @pytest.mark.parametrize("second", ["news", "NEWS"])

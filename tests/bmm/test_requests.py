@@ -73,6 +73,7 @@ EVERYTHING = set(STAGES)
         ({"evaluation": {"batch_size": 7}}, {"search", "evaluate", "publish"}),
         ({"grams": {"shard_rows": 7}}, {"grams", "search", "evaluate", "publish"}),
         ({"grams": {"batch_size": 7}}, {"grams", "search", "evaluate", "publish"}),
+        ({"grams": {"source": "task-vectors"}}, {"grams", "search", "evaluate", "publish"}),
         ({"anchor": {"method": "ta"}}, {"anchor", "search", "evaluate", "publish"}),
     ],
 )

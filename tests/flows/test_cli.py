@@ -25,7 +25,7 @@ Place = tuple[Path, Path]
         (["init"], ["DIR", "--force", "--json"]),
         (["plan"], ["RECIPE", "--store", "--json", "refuse"]),
         (["merge"], ["RECIPE", "--store", "--fresh", "--resume", "--no-server", "--json"]),
-        (["grams"], ["RECIPE", "--store", "--json", "Gram"]),
+        (["grams"], ["RECIPE", "--output", "--store", "--json", "Gram"]),
         (["eval"], ["MODEL", "RECIPE", "--split", "--json"]),
         (["report"], ["RUN", "--store", "--json", "report.html"]),
         (["schema"], ["JSON Schema"]),
@@ -141,6 +141,13 @@ def test_plan_grams_and_merge_follow_each_other(
     assert planned() == [True] * 3 + [False] * 4
     made = grams_of()
     assert {entry["key"] for entry in first["experts"]} == made.keys()
+    # Published, they serve a store that has never seen them.
+    said = bmm_here("grams", place, "--store", store, "--output", tmp_path / "grams")
+    assert (said.code, "published in" in said.out) == (0, True)
+    write(experts=three[:2], grams={"source": "artifact", "path": str(tmp_path / "grams")}, regression={})
+    there = bmm_here("grams", place, "--store", tmp_path / "there", "--json").document
+    assert [entry["digest"] for entry in there["experts"]] == [entry["digest"] for entry in first["experts"]]
+    assert (there["source"], there["output"]) == ("artifact", None)
     # Another recipe with the same experts and data computes no Gram matrix, and uses these.
     write(experts=three[:2], anchor={"method": "average"})
     merged = bmm_here("merge", place, "--store", store, "--no-server", "--json").document
