@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bmm.digest import digest_json
-from bmm.notes import singular_grams, zero_task_vectors
+from bmm.notes import other_bases, singular_grams, zero_task_vectors
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import Result, Work
@@ -80,7 +80,10 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         },
         "data": {name: expert["splits"] for name, expert in experts.items()},
         "bootstrap": evaluation["bootstrap"],
-        "notes": _notes(results, inputs, work),
+        "notes": [
+            *other_bases({name: expert.get("trained_on") for name, expert in experts.items()}, inputs.base.source),
+            *_notes(results, inputs, work),
+        ],
         "environment": environment(),
         "peak_rss_bytes": peak_rss_bytes(),
     }

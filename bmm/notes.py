@@ -25,6 +25,26 @@ def zero_task_vectors(norms: Mapping[str, Norms]) -> list[str]:
     return notes
 
 
+def other_bases(trained_on: Mapping[str, str | None], base: str) -> list[str]:
+    """Name the adapters that were trained on another base than the recipe's, as far as their names tell.
+
+    Args:
+        trained_on: expert -> what its adapter says of its base, a path or a hub id; None for whole models.
+        base: the recipe's words for the base.
+    """
+    wanted = _last(base.partition("@")[0])
+    return [
+        f"The adapter {expert} says that it was trained on '{other}', and was added to '{base}'."
+        for expert, other in trained_on.items()
+        if other is not None and _last(other) != wanted
+    ]
+
+
+def _last(source: str) -> str:
+    """Return a source's last part: a copy of a model keeps its name more often than its place."""
+    return source.rstrip("/").rpartition("/")[2].lower()
+
+
 def singular_grams(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the regressed parameters whose Gram matrix does not span its inputs at the chosen `λ`."""
     names = [entry["parameter"] for entry in coverage if entry["lambda"] is not None and entry["condition"] is None]

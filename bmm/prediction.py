@@ -154,7 +154,7 @@ class Panel:
 
 def build_model(checkpoint: Checkpoint, name: str, max_length: int, batch_size: int) -> TaskModel:
     """Return a classifier of the checkpoint's architecture with its tokenizer; its weights are not loaded."""
-    return TaskModel.build(checkpoint.config, checkpoint.path, max_length, batch_size, task=name)
+    return TaskModel.build(checkpoint.config, checkpoint.tokenizer_folder, max_length, batch_size, task=name)
 
 
 def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bmm.anchors.settings import CheckpointAnchorSettings
+from bmm.checkpoint.adapter import AdapterCheckpoint
 from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.folder import check_writable
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.resolve import Resolved, resolve
-from bmm.checkpoint.verified import fingerprint, open_verified
+from bmm.checkpoint.verified import fingerprint, open_checkpoint, open_verified
 from bmm.digest import digest_file
 from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
@@ -27,12 +28,16 @@ from bmm.recipe import ExpertSource, Recipe
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint: where the recipe says it is, where it lies, and the digest of its files."""
+    """A checkpoint: where the recipe says it is, where it lies, and the digest of its files.
+
+    `base` is where the base of an adapter lies; None for a whole model.
+    """
 
     source: str
     path: str
     revision: str | None
     digest: str
+    base: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the model as plain JSON values."""
@@ -44,7 +49,7 @@ class Model:
         Raises:
             CheckpointError: they have changed since.
         """
-        return open_verified(Path(self.path), self.digest)
+        return open_verified(Path(self.path), self.digest, Path(self.base) if self.base else None)
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,10 @@ def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> I
     if check_output_folder:
         check_output(recipe)
     base = fingerprint_model(recipe.base_model, recipe.folder, "base_model")
-    experts = tuple(_expert(expert, recipe) for expert in recipe.experts)
+    experts = tuple(_expert(expert, recipe, base) for expert in recipe.experts)
     anchor = None
     if isinstance(recipe.anchor, CheckpointAnchorSettings):
-        anchor = fingerprint_model(recipe.anchor.path, recipe.folder, "anchor.path")
+        anchor = fingerprint_model(recipe.anchor.path, recipe.folder, "anchor.path", base)
     return Inputs(base, experts, anchor, _given_grams(recipe))
 
 
@@ -118,19 +123,20 @@ def _given_grams(recipe: Recipe) -> dict[str, PublishedGrams]:
     return {name: find(recipe.resolve(path), f"the Gram matrices of {name}") for name, path in folders.items()}
 
 
-def fingerprint_model(source: str, folder: Path, where: str) -> Model:
-    """Find one checkpoint and take its digest.
+def fingerprint_model(source: str, folder: Path, where: str, base: Model | None = None) -> Model:
+    """Find one checkpoint, or an adapter of the base that is given, and take its digest.
 
     Raises:
         UserError: it is not there, or cannot be used; the message begins with `where`.
     """
     resolved: Resolved = resolve(source, folder, where)
-    with Checkpoint.open(resolved.path) as checkpoint:
-        return Model(source, str(resolved.path), resolved.revision, fingerprint(checkpoint))
+    with open_checkpoint(resolved.path, Path(base.path) if base else None) as checkpoint:
+        over = str(checkpoint.base.path) if isinstance(checkpoint, AdapterCheckpoint) else None
+        return Model(source, str(resolved.path), resolved.revision, fingerprint(checkpoint), over)
 
 
-def _expert(expert: ExpertSource, recipe: Recipe) -> Expert:
-    model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}")
+def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
+    model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
     data = {}
     for split, source in expert.task.splits().items():
         files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}")

@@ -144,8 +144,9 @@ def evaluate(model: str, path: Path, split: Literal["validation", "test"], store
     from bmm.stages.request import Work
 
     recipe = _recipe(path)
-    found = fingerprint_model(model, recipe.folder if not Path(model).exists() else Path.cwd(), "MODEL")
     inputs = fingerprint_inputs(recipe, check_output_folder=False)
+    folder = recipe.folder if not Path(model).exists() else Path.cwd()
+    found = fingerprint_model(model, folder, "MODEL", inputs.base)
     opened = Store.open(store)
     results = run_stages(recipe, inputs, opened, perform_here, ("experts",))
     return evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split)

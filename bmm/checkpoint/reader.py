@@ -7,6 +7,7 @@ question.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from bmm.checkpoint.allowed import check_allowed
-from bmm.checkpoint.shards import INDEX, SINGLE, Weights, find_weights, read_json_object
+from bmm.checkpoint.lora import ADAPTER_CONFIG
+from bmm.checkpoint.shards import INDEX, SINGLE, StoredTensor, Weights, find_weights, read_json_object
 from bmm.checkpoint.tensors import TensorInfo
 from bmm.digest import digest_files
 from bmm.errors import CheckpointError
@@ -46,14 +48,13 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: `config.json` as plain values.
         weight_files: the safetensors files, sorted by name.
         support_files: config, tokenizer and processor files which are there, sorted by name.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], weights: Weights, support_files: tuple[Path, ...]) -> None:
         self.path = path
-        self.config = config
+        self._config = config
         self.weight_files = weights.files
         self.support_files = support_files
         self._weights = weights
@@ -74,15 +75,43 @@ class Checkpoint:
                 raise CheckpointError(f"there is no model folder at {path}; correct the path")
             if not path.is_dir():
                 raise CheckpointError(f"{path} is a file, not a model folder; name the folder that holds it")
-            _refuse_adapter(path)
-            config = _read_config(path)
+            if is_adapter(path):
+                raise CheckpointError(
+                    f"{path} is a PEFT adapter, which is no model without its base; name it as an expert, over the "
+                    "base_model that it was trained on"
+                )
+            config = read_config(path)
             weights = find_weights(path)
-            support = sorted({file for pattern in _SUPPORT for file in path.glob(pattern) if file.is_file()})
+            support = find_support(path)
         except OSError as error:
             raise CheckpointError(f"the model folder {path} cannot be read: {error.strerror}") from None
-        for file in support:
-            check_allowed(file, "the model's files")
-        return cls(path, config, weights, tuple(support))
+        return cls(path, config, weights, support)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` as plain values."""
+        return self._config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the digest covers."""
+        index = () if self._weights.index is None else (self._weights.index,)
+        return (*self.weight_files, *self.support_files, *index)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder that holds the tokenizer or processor, if there is one."""
+        return self.path
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """The tokenizer's and processor's files, sorted by name."""
+        return tuple(file for file in self.support_files if file.name != CONFIG)
+
+    @property
+    def trained_on(self) -> str | None:
+        """The base that the model itself says it was trained on; None where it says nothing."""
+        return None
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors, sorted; legacy LayerNorm names appear under their modern form."""
@@ -107,10 +136,13 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no tensor of that name, or its file changed since it was opened.
         """
+        self.info(name)
+        return self._read(self._weights.tensors[name])
+
+    def _read(self, stored: StoredTensor) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
-        info = self.info(name)
-        stored = self._weights.tensors[name]
+        name = stored.info.name
         try:
             if stored.file not in self._handles:
                 self._handles[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
@@ -120,9 +152,9 @@ class Checkpoint:
                 f"the tensor '{name}' can no longer be read from {stored.file} ({error}); "
                 "restore the file and run again"
             ) from None
-        if tuple(tensor.shape) != info.shape:
+        if tuple(tensor.shape) != stored.info.shape:
             raise CheckpointError(
-                f"{stored.file} was replaced while it was in use: '{name}' had the shape {info.shape}, "
+                f"{stored.file} was replaced while it was in use: '{name}' had the shape {stored.info.shape}, "
                 f"now {tuple(tensor.shape)}; run again"
             )
         return tensor
@@ -132,13 +164,7 @@ class Checkpoint:
 
         Reads every byte, so call it once and keep it. The model card and other files do not count.
         """
-        files = [*self.weight_files, *self.support_files]
-        if self._weights.index is not None:
-            files.append(self._weights.index)
-        try:
-            return digest_files((file.relative_to(self.path).as_posix(), file) for file in files)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+        return digest_folder(self.path, self.files)
 
     @property
     def license(self) -> str | None:
@@ -176,15 +202,41 @@ class Checkpoint:
         return f"Checkpoint({str(self.path)!r}, {len(self._weights.tensors)} tensors)"
 
 
-def _refuse_adapter(path: Path) -> None:
-    if (path / "adapter_config.json").is_file() and not any((path / name).is_file() for name in (SINGLE, INDEX)):
-        raise CheckpointError(
-            f"{path} is a PEFT adapter, and PEFT adapters are not merged yet; save the whole model with "
-            "`merge_and_unload()` and `save_pretrained`"
-        )
+def is_adapter(path: Path) -> bool:
+    """Return whether a folder holds a PEFT adapter and no whole model."""
+    return (path / ADAPTER_CONFIG).is_file() and not any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def find_support(path: Path) -> tuple[Path, ...]:
+    """Return the config, tokenizer and processor files in a folder, sorted by name.
+
+    Raises:
+        UserError: one lies, behind a symbolic link, outside of the allowed folders.
+    """
+    support = sorted({file for pattern in _SUPPORT for file in path.glob(pattern) if file.is_file()})
+    for file in support:
+        check_allowed(file, "the model's files")
+    return tuple(support)
+
+
+def digest_folder(path: Path, files: Iterable[Path]) -> str:
+    """Return one digest of files in a folder, under their names in it.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    try:
+        return digest_files((file.relative_to(path).as_posix(), file) for file in files)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the `config.json` in a folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it asks for its own code to be run.
+    """
     file = path / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{path} has no {CONFIG}; name a folder that `save_pretrained` wrote")

@@ -18,7 +18,15 @@ _HUB_ID = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<rev
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):")
 # The model card is text and carries the licence; chat templates belong to the tokenizer. Subfolders hold
 # the same model in other formats.
-_PATTERNS = ["model*.safetensors", "*.json", "*.txt", "*.model", "chat_template*", "README.md"]
+_PATTERNS = [
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "chat_template*",
+    "README.md",
+]
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -60,7 +60,7 @@ def find_weights(folder: Path) -> Weights:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         check_allowed(file, "the weights")
-        for stored in _read_header(file):
+        for stored in read_header(file):
             name = stored.info.name
             if name in tensors:
                 raise CheckpointError(_twice(name, tensors[name], stored))
@@ -118,7 +118,12 @@ def _read_index(index: Path) -> dict[str, str]:
     return listed
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
+def read_header(file: Path) -> list[StoredTensor]:
+    """Return what a safetensors file holds, in no certain order.
+
+    Raises:
+        CheckpointError: the file is damaged, cannot be read, or holds numbers that cannot be merged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

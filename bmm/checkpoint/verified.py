@@ -6,9 +6,12 @@ through here, so that what is merged is what the record says.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.adapter import AdapterCheckpoint, adapter_digest
+from bmm.checkpoint.allowed import check_allowed
+from bmm.checkpoint.reader import Checkpoint, is_adapter
 from bmm.errors import CheckpointError
 
 _seen: dict[Path, tuple[tuple[tuple[str, int, int, int], ...], str]] = {}
@@ -16,26 +19,44 @@ _seen: dict[Path, tuple[tuple[tuple[str, int, int, int], ...], str]] = {}
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return the checkpoint's digest; files unchanged on disk since the last call are not read again."""
+    if isinstance(checkpoint, AdapterCheckpoint):
+        own = _remembered(checkpoint.path, checkpoint.own_files, checkpoint.own_digest)
+        return adapter_digest(own, fingerprint(checkpoint.base))
+    return _remembered(checkpoint.path, checkpoint.files, checkpoint.digest)
+
+
+def _remembered(folder: Path, files: Iterable[Path], digest: Callable[[], str]) -> str:
     marks = tuple(
-        (path.name, state.st_size, state.st_mtime_ns, state.st_ino)
-        for path in (*checkpoint.weight_files, *checkpoint.support_files)
-        for state in (path.stat(),)
+        (path.name, state.st_size, state.st_mtime_ns, state.st_ino) for path in files for state in (path.stat(),)
     )
-    known = _seen.get(checkpoint.path)
+    known = _seen.get(folder)
     if known is not None and known[0] == marks:
         return known[1]
-    digest = checkpoint.digest()
-    _seen[checkpoint.path] = (marks, digest)
-    return digest
+    found = digest()
+    _seen[folder] = (marks, found)
+    return found
 
 
-def open_verified(path: Path, digest: str) -> Checkpoint:
-    """Open the checkpoint at `path` if it still has this digest.
+def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
+    """Open a whole model, or, where a base is given, a PEFT adapter over it.
+
+    Raises:
+        CheckpointError: neither is there, or it is damaged or of a kind that cannot be merged.
+        UserError: a file lies outside of `BMM_ALLOWED_FOLDERS`.
+    """
+    check_allowed(path, "the model")
+    if base is not None and is_adapter(path):
+        return AdapterCheckpoint.over(path, Checkpoint.open(base))
+    return Checkpoint.open(path)
+
+
+def open_verified(path: Path, digest: str, base: Path | None = None) -> Checkpoint:
+    """Open the checkpoint at `path`, over `base` if it is an adapter, if it still has this digest.
 
     Raises:
         CheckpointError: its files have changed since the merge began.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path, base)
     if fingerprint(checkpoint) != digest:
         checkpoint.close()
         raise CheckpointError(

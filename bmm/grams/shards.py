@@ -25,6 +25,7 @@ from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 from bmm.threads import one_thread
 
 SHARD_VERSION = 1
+_WHERE = ("store", "expert_path", "expert_base", "data")
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class ShardRequest:
     store: str
     expert_path: str
     data: Mapping[str, str]
+    expert_base: str | None = None
 
     def key(self) -> str:
         """Return the key of the shard's artefact."""
-        values = {name: value for name, value in vars(self).items() if name not in ("store", "expert_path", "data")}
+        values = {name: value for name, value in vars(self).items() if name not in _WHERE}
         return artefact_key("gram-shard", SHARD_VERSION, values, {})
 
 
@@ -68,7 +70,9 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
     def make(draft: Draft) -> None:
         text = store.read(Reference.from_json(request.data)).file("calibration.jsonl").read_text(encoding="utf-8")
         split = Split.from_jsonl("calibration", text)
-        model = _loaded(request.expert_path, request.expert_digest, request.max_length, request.batch_size)
+        model = _loaded(
+            request.expert_path, request.expert_base, request.expert_digest, request.max_length, request.batch_size
+        )
         tokenised = model.tokenise(split.rows[request.start : request.stop])
         sums = collect(model.encoder, model.batches(tokenised), request.groups)
         tensors = {name: part.total for name, part in sums.items()}
@@ -83,10 +87,12 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str, digest: str, max_length: int, batch_size: int) -> TaskModel:
+def _loaded(path: str, base: str | None, digest: str, max_length: int, batch_size: int) -> TaskModel:
     """Return the expert ready to run; the last one stays loaded, since shards of one expert come together."""
-    with open_verified(Path(path), digest) as checkpoint:
-        model = TaskModel.build(checkpoint.config, checkpoint.path, max_length, batch_size, task=Path(path).name)
+    with open_verified(Path(path), digest, Path(base) if base else None) as checkpoint:
+        model = TaskModel.build(
+            checkpoint.config, checkpoint.tokenizer_folder, max_length, batch_size, task=Path(path).name
+        )
         names = encoder_names(checkpoint, encoder_prefix(checkpoint.config))
         state = {name: checkpoint.tensor(names[name]) for name in model.encoder_names() if name in names}
         model.load_encoder(state)

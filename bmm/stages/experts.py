@@ -75,6 +75,7 @@ def _expert_artefact(
             {
                 "labels": list(labels),
                 "license": checkpoint.license,
+                "trained_on": checkpoint.trained_on,
                 "splits": {name: {"rows": len(split.rows), "digest": split.digest} for name, split in splits.items()},
             },
         )

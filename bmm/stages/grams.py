@@ -54,6 +54,7 @@ def plan_job(
         groups=tuple(groups),
         store=str(work.store.root),
         expert_path=expert.model.path,
+        expert_base=expert.model.base,
         data=data.to_json(),
     )
     inputs = {"expert": expert.model.digest, "calibration": split.digest}

@@ -88,9 +88,9 @@ def _config(config: dict[str, Any], architecture: str, dtype: str) -> dict[str, 
 
 def _copy_tokenizer(base: Checkpoint, fallback: Model, folder: Path) -> None:
     """Copy the base's tokenizer; where it has none, the first expert's."""
-    files = [path for path in base.support_files if path.name != "config.json"]
+    files = base.tokenizer_files
     if not files:
         with fallback.open() as expert:
-            files = [path for path in expert.support_files if path.name != "config.json"]
+            files = expert.tokenizer_files
     for path in files:
         shutil.copyfile(path, folder / path.name)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bmm.notes import singular_grams, zero_task_vectors
+from bmm.notes import other_bases, singular_grams, zero_task_vectors
 
 
 def norms(**values: float) -> dict[str, dict[str, float]]:
@@ -24,6 +24,14 @@ def test_a_zero_task_vector_is_named_once_for_all_who_share_it() -> None:
 def test_an_expert_that_is_the_base_is_named() -> None:
     found = zero_task_vectors({"news": norms(query=0.0), "mail": norms(query=1.0)})
     assert found == ["The expert news equals the base in every tensor: its task vector is zero."]
+
+
+def test_an_adapter_of_another_base_is_named() -> None:
+    trained = {"news": None, "mail": "org/Roberta-base", "chat": "/models/bert-base/"}
+    assert other_bases(trained, "hub/bert-base@main") == [
+        "The adapter mail says that it was trained on 'org/Roberta-base', and was added to 'hub/bert-base@main'."
+    ]
+    assert other_bases({"mail": "org/roberta-base"}, "./roberta-base") == []
 
 
 def test_a_singular_gram_names_the_first_parameter_and_only_regressed_ones() -> None:

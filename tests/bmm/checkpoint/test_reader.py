@@ -266,7 +266,7 @@ def test_remote_code_is_refused(save, edit_json) -> None:
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    refused(tmp_path, str(tmp_path), "PEFT adapters are not merged yet")
+    refused(tmp_path, str(tmp_path), "is a PEFT adapter", "name it as an expert")
 
 
 def test_an_unknown_tensor_is_named(save) -> None:
