@@ -134,16 +134,24 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     walk_memory, walk_disk = (4 * rows * widest * _FLOAT32, factors) if walked else (0, 0)
     gram_stage, gram_note = _grams(recipe, model, gram)
     compared = len(recipe.evaluation.compare)
+    # Gradients are summed in float64, beside the model and one row's own.
+    fishers, fisher_memory = experts * model, 4 * model
+    anchored = fishers if recipe.anchor.method == "fisher" else 0
+    if "fisher" in recipe.evaluation.compare and not anchored:
+        compared += experts
     shown = {
         "experts": (0, _PROCESS_BYTES + model),
         "task-vectors": (0, _PROCESS_BYTES),
         "grams": gram_stage,
-        "anchor": (model, _PROCESS_BYTES + model),
+        "anchor": (model + anchored, _PROCESS_BYTES + model + (fisher_memory if anchored else 0)),
         "search": (
             output_bytes + walk_disk,
             _PROCESS_BYTES + 4 * model + max(factors + gram // max(len(matrices), 1) * experts, walk_memory),
         ),
-        "evaluate": (model * compared, _PROCESS_BYTES + 3 * model),
+        "evaluate": (
+            model * compared,
+            _PROCESS_BYTES + max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
+        ),
         "publish": (output_bytes, _PROCESS_BYTES),
     }
     notes = {"grams": gram_note}

@@ -44,7 +44,7 @@ _SPLIT_NOTES = (
 
 _TAIL = """
 # The model that the regression starts from and leans on: average, ta, ties, dare,
-# tsv, iso-c, iso-cts, wudi, or any checkpoint.
+# tsv, iso-c, iso-cts, wudi, regmean, fisher, ace, or any checkpoint.
 anchor: {{method: {anchor}}}
 
 # What each layer is fed when an expert reads its own calibration rows. Without data: {{source: task-vectors}};

@@ -41,6 +41,10 @@ class Requests:
             case "anchor":
                 anchor = self.inputs.anchor
                 given: dict[str, Any] = {"checkpoint": anchor.digest} if anchor else {}
+                if self.recipe.anchor.needs == "gram":
+                    given["grams"] = results["grams"].outputs["experts"]
+                elif self.recipe.anchor.needs == "fisher":
+                    given["experts"] = results["experts"].outputs["experts"]
                 located = {"anchor": anchor.to_json() if anchor else None}
                 return self._request(stage, results, given, {"anchor": self._anchor_settings()}, located)
             case "search":

@@ -1,4 +1,4 @@
-"""The contract of an anchor method: what it reads (`Weights`) and returns (`Merged`).
+"""The contract of an anchor method: what it reads (`Weights`, `Sources`) and returns (`Merged`).
 
 No method lives here, and no checkpoint is opened here: whoever calls decides where tensors come from, and
 which parameters are linear maps.
@@ -6,6 +6,7 @@ which parameters are linear maps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -32,6 +33,23 @@ class Weights(Protocol):
 
     def is_linear(self, name: str) -> bool:
         """Say whether the tensor is the `(out, in)` matrix of an attention or MLP linear map."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a method may need besides weights, each read one tensor at a time; None where it is not to be had.
+
+    Which of them a method needs is said by its settings (`bmm.anchors.settings`).
+
+    Args:
+        checkpoint: gives the anchor checkpoint's tensor of a canonical name.
+        gram: gives expert `t`'s Gram matrix `(in, in)`, float64, by (t, name of a linear map's weight).
+        fisher: gives expert `t`'s diagonal Fisher information, of the parameter's shape, by (t, canonical name).
+    """
+
+    checkpoint: Callable[[str], Tensor] | None = None
+    gram: Callable[[int, str], Tensor] | None = None
+    fisher: Callable[[int, str], Tensor] | None = None
 
 
 @dataclass(frozen=True)

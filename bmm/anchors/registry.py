@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
+from bmm.anchors.ace import ACE
 from bmm.anchors.average import Average
 from bmm.anchors.dare import DARE
 from bmm.anchors.explicit import Explicit
-from bmm.anchors.interface import Anchor
+from bmm.anchors.fisher import Fisher
+from bmm.anchors.interface import Anchor, Sources
 from bmm.anchors.isotropic import IsoC, IsoCTS
+from bmm.anchors.regmean import RegMean
 from bmm.anchors.settings import AnchorSettings
 from bmm.anchors.task_arithmetic import TaskArithmetic
 from bmm.anchors.ties import TIES
@@ -28,21 +29,23 @@ METHODS: dict[str, Callable[..., Anchor]] = {
     "iso-c": IsoC,
     "iso-cts": IsoCTS,
     "wudi": WUDI,
+    "regmean": RegMean,
+    "fisher": Fisher,
+    "ace": ACE,
     "checkpoint": Explicit,
 }
 
 
-def build(settings: AnchorSettings, checkpoint_reader: Callable[[str], Tensor] | None = None) -> Anchor:
-    """Return the anchor that `settings` asks for.
-
-    `checkpoint_reader` gives the anchor checkpoint's tensor of a canonical name; only "checkpoint" uses it.
+def build(settings: AnchorSettings, sources: Sources | None = None) -> Anchor:
+    """Return the anchor that `settings` asks for; a method that needs more than weights is given that source first.
 
     Raises:
-        BMMError: the method is "checkpoint" and there is no reader.
+        BMMError: `sources` lacks what the method needs.
     """
     arguments: tuple[Any, ...] = (settings,)
-    if settings.method == "checkpoint":
-        if checkpoint_reader is None:
-            raise BMMError("the anchor method 'checkpoint' was built without a reader of that checkpoint")
-        arguments = (settings, checkpoint_reader)
+    if settings.needs is not None:
+        source = getattr(sources, settings.needs, None)
+        if source is None:
+            raise BMMError(f"the anchor method '{settings.method}' was built without a source of its {settings.needs}")
+        arguments = (settings, source)
     return METHODS[settings.method](*arguments)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Method = Literal["average", "ta", "ties", "dare", "tsv", "iso-c", "iso-cts", "wudi", "regmean", "checkpoint"]
+Method = Literal[
+    "average", "ta", "ties", "dare", "tsv", "iso-c", "iso-cts", "wudi", "regmean", "fisher", "ace", "checkpoint"
+]
 """Every method by name."""
+Need = Literal["checkpoint", "gram", "fisher"]
+"""What a method may need besides weights, by the name that it has in `bmm.anchors.interface.Sources`."""
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs: ClassVar[Need | None] = None
 
 
 class AverageSettings(_Settings):
@@ -88,8 +94,49 @@ class WUDISettings(_Settings):
     learning_rate: float = Field(default=1e-5, gt=0, description="of the Adam schedule")
 
 
+class RegMeanSettings(_Settings):
+    """RegMean, the regression without a prior (Jin et al., arXiv 2212.09849)."""
+
+    needs: ClassVar[Need | None] = "gram"
+
+    method: Literal["regmean"] = "regmean"
+    off_diagonal: float = Field(
+        default=0.9, ge=0, le=1, description="share of the Gram matrices' off-diagonal entries that is kept"
+    )
+
+
+class FisherSettings(_Settings):
+    """Fisher-weighted averaging (Matena & Raffel, arXiv 2111.09832)."""
+
+    needs: ClassVar[Need | None] = "fisher"
+
+    method: Literal["fisher"] = "fisher"
+    labels: Literal["sampled", "expected", "data"] = Field(
+        default="sampled",
+        description="whose gradients are squared: one class drawn from the expert's own answer a row, "
+        "every class weighted by its probability (as many times slower as there are classes), or the row's own label",
+    )
+    normalize: bool = Field(default=True, description="bring every expert's Fisher information to one norm")
+    floor: float = Field(default=1e-6, gt=0, description="added to every entry, for those that no row reaches")
+    seed: int = Field(default=0, ge=0, description="of the sampled labels")
+
+
+class ACESettings(_Settings):
+    """ACE-Merging, covariances estimated from task vectors (Xu et al., arXiv 2603.02945)."""
+
+    method: Literal["ace"] = "ace"
+    ridge: float = Field(default=1e-2, gt=0, description="added to the diagonal of each estimated covariance")
+    threshold: float = Field(
+        default=0.3, ge=0, description="heterogeneity above which tasks are normalised and the spectrum corrected"
+    )
+    spectrum: float = Field(default=0.3, gt=0, le=1, description="share of the directions in the spectral correction")
+    scale: float = Field(default=1.0, gt=0, le=2)
+
+
 class CheckpointAnchorSettings(_Settings):
     """Any checkpoint of the same architecture as the anchor."""
+
+    needs: ClassVar[Need | None] = "checkpoint"
 
     method: Literal["checkpoint"] = "checkpoint"
     path: str = Field(description="a folder, hub-id@revision, or an MLflow models:/ URI")
@@ -104,6 +151,9 @@ AnchorSettings = Annotated[
     | IsoCSettings
     | IsoCTSSettings
     | WUDISettings
+    | RegMeanSettings
+    | FisherSettings
+    | ACESettings
     | CheckpointAnchorSettings,
     Field(discriminator="method"),
 ]

@@ -7,16 +7,13 @@ Only linear maps: biases, norms and embeddings are averaged by whoever calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from bmm.errors import BMMError
 from bmm.regression.posterior import decompose, factor, residual
-
-ALPHA = 0.9
-"""What is kept of the off-diagonal entries, by default."""
 
 
 def shrink(gram: Tensor, alpha: float) -> Tensor:
@@ -31,12 +28,13 @@ def shrink(gram: Tensor, alpha: float) -> Tensor:
     return alpha * gram + (1 - alpha) * gram.diagonal().diag()
 
 
-def regmean(experts: Sequence[Tensor], grams: Sequence[Tensor], *, alpha: float = ALPHA, where: str) -> Tensor:
+def regmean(experts: Sequence[Tensor], grams: Sequence[Tensor], *, alpha: float, where: str) -> Tensor:
     """Return RegMean's weight (out, in), float64, from experts' weights (out, in) and their Grams (in, in).
 
     Each output row is solved for on its own, so maps that read the same input may be stacked along `out`.
     It is computed as the experts' mean plus a correction, which is the closed form wherever that exists;
-    directions that no input had keep the mean.
+    directions that no input had keep the mean. Weights and Grams are read several times and not kept, so a sequence
+    that reads them from disk needs the memory of one at a time.
 
     Raises:
         BMMError: there are no experts, shapes do not fit, a weight or Gram is not finite (naming `where`),
@@ -44,18 +42,22 @@ def regmean(experts: Sequence[Tensor], grams: Sequence[Tensor], *, alpha: float 
     """
     if not experts:
         raise BMMError(f"RegMean of {where} was asked for without experts")
-    for expert in experts:
-        if not bool(torch.isfinite(expert).all()):
-            raise BMMError(f"an expert's weight {where} holds NaN or infinite values")
-    if len({expert.shape for expert in experts}) > 1 or len({gram.shape for gram in grams}) > 1:
-        raise BMMError(f"the experts' weights or Gram matrices of {where} differ in shape")
-    shrunk = [shrink(gram, alpha) for gram in grams]
-    mean = torch.zeros_like(experts[0], dtype=torch.float64)
-    for expert in experts:
-        mean += expert.to(torch.float64)
-    mean /= len(experts)
-    correction = residual(mean, experts, shrunk)
-    total = torch.zeros_like(shrunk[0])
-    for gram in shrunk:
-        total += gram
+    mean = _sum(experts, f"an expert's weight {where}") / len(experts)
+    total = _sum((shrink(gram, alpha) for gram in grams), f"the Gram matrix of {where}")
+    correction = residual(mean, experts, (shrink(gram, alpha) for gram in grams))
     return factor(decompose(total, where=where), mean, correction).mean(0.0)
+
+
+def _sum(tensors: Iterable[Tensor], what: str) -> Tensor:
+    total: Tensor | None = None
+    for tensor in tensors:
+        if not bool(torch.isfinite(tensor).all()):
+            raise BMMError(f"{what} holds NaN or infinite values")
+        if total is None:
+            total = torch.zeros_like(tensor, dtype=torch.float64)
+        elif tensor.shape != total.shape:
+            raise BMMError(f"{what} differs in shape from another expert's")
+        total += tensor.to(torch.float64)
+    if total is None:
+        raise BMMError(f"{what} was asked for, but there is none")
+    return total

@@ -15,7 +15,7 @@ Document = Mapping[str, Any]
 Interval = tuple[float, float]
 
 ROLES = ("base", "anchor", "merged", "expert")
-NOT_AN_ANCHOR = ("base", "experts", "merged", "regmean")
+NOT_AN_ANCHOR = ("base", "experts", "merged")
 TREATMENTS = ("regressed", "anchored", "averaged", "copied")
 
 _LABELS = {
@@ -31,6 +31,8 @@ _LABELS = {
     "iso-cts": "Iso-CTS",
     "wudi": "WUDI",
     "regmean": "RegMean",
+    "fisher": "Fisher",
+    "ace": "ACE",
     "checkpoint": "given checkpoint",
 }
 _NUMBERS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from bmm.anchors.interface import Sources
 from bmm.anchors.registry import build as build_anchor
-from bmm.anchors.settings import AnchorSettings
+from bmm.anchors.settings import AnchorSettings, FisherSettings
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, is_float, torch_dtype
 from bmm.checkpoint.writer import MAX_SHARD_BYTES, write_weights
 from bmm.errors import CheckpointError
+from bmm.grams.store import GramReader
+from bmm.prediction import StoredWeights
 from bmm.progress import progress
 from bmm.sources import Model
+from bmm.stages.fishers import fisher_artefacts
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
@@ -30,24 +34,42 @@ def anchor(work: Work, request: Request) -> dict[str, Any]:
     explicit = Model(**request.where["anchor"]) if request.where["anchor"] else None
     said = {**request.settings["anchor"], **({"path": explicit.source} if explicit else {})}
     settings: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(said)
-    return {"anchor": anchor_artefact(work, setup, settings, explicit).to_json()}
+    return {"anchor": anchor_artefact(work, request, setup, settings, explicit).to_json()}
 
 
-def anchor_artefact(work: Work, setup: Setup, settings: AnchorSettings, explicit: Model | None = None) -> Reference:
-    """Return the artefact of one anchor method: float32 weights by canonical name, and each one's treatment."""
-    inputs = {
+def anchor_artefact(
+    work: Work, request: Request, setup: Setup, settings: AnchorSettings, explicit: Model | None = None
+) -> Reference:
+    """Return the artefact of one anchor method: float32 weights by canonical name, and each one's treatment.
+
+    Args:
+        work: the way to the store.
+        request: with the experts' Grams or rows among its inputs, where the method needs them.
+        setup: the merge.
+        settings: the method.
+        explicit: the checkpoint, if that is the method.
+    """
+    fishers = fisher_artefacts(work, request, setup, settings) if isinstance(settings, FisherSettings) else []
+    grams = [request.inputs["grams"][expert.name] for expert in setup.experts] if settings.needs == "gram" else []
+    inputs: dict[str, Any] = {
         "base": setup.base.digest,
         "experts": [expert.model.digest for expert in setup.experts],
         "parameters": [parameter.name for parameter in setup.layout.shared],
         "linear": [map_.weight for map_ in setup.regressed],
         "checkpoint": explicit.digest if explicit else None,
+        "grams": [gram["digest"] for gram in grams],
+        "fishers": [fisher.digest for fisher in fishers],
     }
 
     def make(draft: Draft) -> None:
         with ExitStack() as stack:
             weights = stack.enter_context(setup.weights())
-            reader = checkpoint_reader(stack, setup, explicit, "the anchor checkpoint") if explicit else None
-            method = build_anchor(settings, reader)
+            sources = Sources(
+                checkpoint=checkpoint_reader(stack, setup, explicit, "the anchor checkpoint") if explicit else None,
+                gram=_gram_reader(work, setup, grams) if grams else None,
+                fisher=_fisher_reader(work, fishers) if fishers else None,
+            )
+            method = build_anchor(settings, sources)
             method.prepare(weights)
             treatments: dict[str, str] = {}
             with progress(f"merging by {settings.method}", len(weights.names())) as bar:
@@ -64,6 +86,17 @@ def anchor_artefact(work: Work, setup: Setup, settings: AnchorSettings, explicit
     # A checkpoint is known by its digest: where it lies must not change the key.
     said = settings.model_dump(mode="json", exclude={"path"})
     return work.obtain("anchor", inputs, make, settings=said)
+
+
+def _gram_reader(work: Work, setup: Setup, grams: Sequence[Mapping[str, str]]) -> Callable[[int, str], torch.Tensor]:
+    readers = [GramReader(work.read(gram).file("grams.zarr")) for gram in grams]
+    group_of = {map_.weight: map_.input_group for map_ in setup.regressed}
+    return lambda index, name: readers[index].gram(group_of[name])
+
+
+def _fisher_reader(work: Work, fishers: Sequence[Reference]) -> Callable[[int, str], torch.Tensor]:
+    stored = [StoredWeights(work.read(fisher)) for fisher in fishers]
+    return lambda index, name: stored[index](name)
 
 
 def checkpoint_reader(stack: ExitStack, setup: Setup, model: Model, what: str) -> Callable[[str], torch.Tensor]:

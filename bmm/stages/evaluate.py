@@ -17,13 +17,10 @@ from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings
 from bmm.evaluation.metrics import Bootstrap, Method, accuracy, method_rows, share_of_experts, summarise
-from bmm.grams.store import GramReader
 from bmm.prediction import Panel, StoredWeights
-from bmm.progress import progress
 from bmm.recipe import EvaluationSettings, Recipe
-from bmm.regression.regmean import ALPHA, regmean
 from bmm.sources import Inputs, Model
-from bmm.stages.anchor import anchor_artefact, checkpoint_reader, write_state
+from bmm.stages.anchor import anchor_artefact, checkpoint_reader
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.search import expert_predictions, panel_of
 from bmm.stages.setup import Setup, setup_of
@@ -95,16 +92,12 @@ def _compared(
     if own["method"] not in settings.compare or own != _published(own["method"]):
         methods.append(Method("anchor", f"{own['method']} (the anchor)", _options(own)))
     for name in settings.compare:
-        if name == "regmean":
-            source = request.settings["grams"]
-            reference, said = _regmean_artefact(work, request, setup), {"off_diagonal": ALPHA}
-            if source != "activations":
-                said["grams"] = source
-        else:
-            published = _published(name)
-            method: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(published)
-            reference, said = anchor_artefact(work, setup, method), _options(published)
-        contenders.append(_stored(work, name, reference))
+        published = _published(name)
+        method: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(published)
+        contenders.append(_stored(work, name, anchor_artefact(work, request, setup, method)))
+        said = _options(published)
+        if method.needs == "gram" and request.settings["grams"] != "activations":
+            said["grams"] = request.settings["grams"]
         methods.append(Method(name, name, said))
     return contenders, methods
 
@@ -129,37 +122,6 @@ def _stored(work: Work, name: str, reference: Reference) -> Contender:
 def _base_state(setup: Setup) -> dict[str, torch.Tensor]:
     with setup.weights() as weights:
         return {name: weights.base(name) for name in weights.names()}
-
-
-def _regmean_artefact(work: Work, request: Request, setup: Setup) -> Reference:
-    """Return RegMean's weights: linear maps by its closed form, everything else averaged."""
-    inputs = {
-        "base": setup.base.digest,
-        "experts": [expert.model.digest for expert in setup.experts],
-        "grams": [request.inputs["grams"][expert.name]["digest"] for expert in setup.experts],
-        "linear": [map_.weight for map_ in setup.regressed],
-    }
-
-    def make(draft: Draft) -> None:
-        readers = [
-            GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr")) for expert in setup.experts
-        ]
-        group_of = {map_.weight: map_.input_group for map_ in setup.regressed}
-        with setup.weights() as weights, progress("merging by regmean", len(weights.names())) as bar:
-
-            def merge(name: str) -> torch.Tensor:
-                bar.advance()
-                experts = [weights.expert(index, name) for index in range(weights.count)]
-                if not experts[0].is_floating_point():
-                    return weights.base(name)
-                if name not in group_of:
-                    return torch.stack([expert.to(torch.float64) for expert in experts]).mean(0).to(torch.float32)
-                grams = [reader.gram(group_of[name]) for reader in readers]
-                return regmean(experts, grams, where=name).to(torch.float32)
-
-            write_state(draft.path, setup, merge, dtype="F32")
-
-    return work.obtain("regmean", inputs, make, settings={"off_diagonal": ALPHA})
 
 
 def evaluate_checkpoint(

@@ -105,6 +105,17 @@ def test_the_settings_of_an_anchor_count_and_the_place_of_a_checkpoint_does_not(
     assert {stage for stage in STAGES if one[stage] != two[stage]} == {"anchor", "search", "evaluate", "publish"}
 
 
+@pytest.mark.parametrize("method", ["ta", "regmean", "fisher"])
+def test_an_anchor_depends_on_the_statistics_that_it_needs(method: str) -> None:
+    recipe = {**VALUES, "anchor": {"method": method}}
+    given = replace(inputs(), anchor=None)
+    one = keys(Recipe.from_mapping(recipe), given)
+    grams = keys(Recipe.from_mapping({**recipe, "grams": {"batch_size": 7}}), given)
+    rows = keys(Recipe.from_mapping(recipe), replace(inputs(**{"one.data": "x"}), anchor=None))
+    assert (one["anchor"] != grams["anchor"]) == (method == "regmean")
+    assert one["anchor"] != rows["anchor"]  # by way of the layout, which this test names by the first stage's key
+
+
 def test_there_is_no_other_stage() -> None:
     with pytest.raises(ValueError, match="no stage 'bake'"):
         Requests(Recipe.from_mapping(VALUES), inputs()).build("bake", {})

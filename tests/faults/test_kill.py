@@ -36,7 +36,7 @@ _MADE_BY = {
     "experts": ("layout", "expert"),
     "task-vectors": ("task-vectors",),
     "grams": ("grams",),
-    "anchor": ("anchor", "regmean"),
+    "anchor": ("anchor",),
     "search": ("search", "predictions"),
     "evaluate": ("evaluation",),
     "publish": ("model",),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bmm.anchors.interface import Sources
 from bmm.anchors.registry import build
 from bmm.anchors.settings import CheckpointAnchorSettings
 from bmm.errors import CheckpointError
@@ -12,7 +13,7 @@ SETTINGS = CheckpointAnchorSettings(path="models/other")
 
 def test_it_takes_the_checkpoint_as_it_is(random_weights):
     weights, other = random_weights(0), random_weights(1, dtype=torch.bfloat16).bases
-    anchor = build(SETTINGS, other.__getitem__)
+    anchor = build(SETTINGS, Sources(checkpoint=other.__getitem__))
     anchor.prepare(weights)
     for name in weights.names():
         merged = anchor.merge(name, weights)
@@ -23,7 +24,7 @@ def test_it_takes_the_checkpoint_as_it_is(random_weights):
 def test_integers_come_from_the_base(random_weights):
     weights = random_weights()
     weights.bases["steps"] = torch.tensor([3])
-    merged = build(SETTINGS, {"steps": torch.tensor([9])}.__getitem__).merge("steps", weights)
+    merged = build(SETTINGS, Sources(checkpoint={"steps": torch.tensor([9])}.__getitem__)).merge("steps", weights)
     assert merged.tensor.tolist() == [3]
     assert merged.treatment == "copied"
 
@@ -39,4 +40,4 @@ def test_integers_come_from_the_base(random_weights):
 )
 def test_a_tensor_that_cannot_be_used_is_named(tensors, message, random_weights):
     with pytest.raises(CheckpointError, match=message):
-        build(SETTINGS, tensors.__getitem__).merge("map.bias", random_weights())
+        build(SETTINGS, Sources(checkpoint=tensors.__getitem__)).merge("map.bias", random_weights())

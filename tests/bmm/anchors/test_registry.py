@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from bmm.anchors.interface import Sources
 from bmm.anchors.registry import METHODS, build
-from bmm.anchors.settings import AnchorSettings
+from bmm.anchors.settings import AnchorSettings, Method
 from bmm.errors import BMMError, CheckpointError
 
 VARIANTS = [
@@ -24,8 +27,15 @@ VARIANTS = [
     {"method": "iso-cts"},
     {"method": "wudi"},
     {"method": "wudi", "solver": "adam", "steps": 20, "learning_rate": 1e-3},
+    {"method": "regmean"},
+    {"method": "fisher", "floor": 1e-12},
+    {"method": "ace"},
+    {"method": "ace", "threshold": 0.0},
 ]
-AVERAGED = {"average": "all", "ta": "none", "ties": "none", "dare": "none"}  # the others: all but linear maps
+AVERAGED = {"average": "all", "ta": "none", "ties": "none", "dare": "none", "fisher": "none"}
+"""What is averaged; by the methods that are not named here, all but linear maps."""
+# The solver's steps and ACE's ridge are absolute.
+SCALE_FREE = [v for v in VARIANTS if v.get("solver") != "adam" and v["method"] != "ace"]
 every_variant = pytest.mark.parametrize(
     "variant", VARIANTS, ids=lambda variant: "-".join(str(value) for value in variant.values())
 )
@@ -35,8 +45,18 @@ def settings_of(variant):
     return TypeAdapter(AnchorSettings).validate_python(variant)
 
 
+def sources_of(weights):
+    """Return statistics that follow from each expert's own weights, so that they move with it."""
+
+    def gram(index, name):
+        rows = weights.experts[index][name].double()
+        return rows.T @ rows
+
+    return Sources(gram=gram, fisher=lambda index, name: weights.experts[index][name].double().square())
+
+
 def merge_all(variant, weights):
-    anchor = build(settings_of(variant))
+    anchor = build(settings_of(variant), sources_of(weights))
     anchor.prepare(weights)
     return {name: anchor.merge(name, weights) for name in weights.names()}
 
@@ -46,9 +66,22 @@ def test_every_method_of_the_recipe_is_registered():
     assert set(METHODS) == set(schema["discriminator"]["mapping"])
 
 
-def test_a_checkpoint_anchor_needs_a_reader():
-    with pytest.raises(BMMError, match="reader"):
-        build(settings_of({"method": "checkpoint", "path": "x"}))
+def test_every_method_has_its_name_and_a_recipe_can_say_it():
+    assert set(get_args(Method)) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("variant", "needs"),
+    [
+        ({"method": "checkpoint", "path": "x"}, "checkpoint"),
+        ({"method": "regmean"}, "gram"),
+        ({"method": "fisher"}, "fisher"),
+    ],
+)
+@pytest.mark.parametrize("sources", [None, Sources()])
+def test_a_method_without_its_source_is_refused(variant, needs, sources):
+    with pytest.raises(BMMError, match=f"'{variant['method']}' was built without a source of its {needs}"):
+        build(settings_of(variant), sources)
 
 
 @every_variant
@@ -152,6 +185,8 @@ def test_the_same_inputs_give_the_same_bytes(variant, random_weights):
         {"method": "tsv"},
         {"method": "wudi"},
         {"method": "wudi", "solver": "adam"},
+        {"method": "regmean"},
+        {"method": "fisher"},
     ],
     ids=str,
 )
@@ -161,7 +196,7 @@ def test_one_expert_merges_to_itself(variant, random_weights):
         torch.testing.assert_close(merged.tensor, weights.experts[0][name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.get("solver") != "adam"], ids=str)
+@pytest.mark.parametrize("variant", SCALE_FREE, ids=str)
 @settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 2**31), factor=st.sampled_from([0.125, 4.0, -2.0]))
 def test_scaling_the_task_vectors_scales_the_update(variant, random_weights, weights_of, seed, factor):

@@ -45,7 +45,7 @@ def test_it_matches_the_published_closed_form(seed, experts, alpha):
 
 def test_nine_tenths_of_the_off_diagonal_entries_are_kept_by_default():
     grams, weights, _ = draw(1)
-    found = regmean(tensors(weights), tensors(grams), where="map.weight")
+    found = regmean(tensors(weights), tensors(grams), alpha=0.9, where="map.weight")
     np.testing.assert_allclose(found, closed_form(grams, weights, 0.9), atol=1e-9)
 
 
@@ -79,9 +79,9 @@ def test_without_off_diagonals_it_is_a_weighted_mean_of_columns(seed):
 def test_neither_the_order_nor_a_common_scale_matters(seed, order, scale):
     grams, weights, _ = draw(seed)
     shuffled = regmean(
-        tensors([weights[i] for i in order]), tensors([scale * grams[i] for i in order]), where="map.weight"
+        tensors([weights[i] for i in order]), tensors([scale * grams[i] for i in order]), alpha=0.9, where="map.weight"
     )
-    expected = regmean(tensors(weights), tensors(grams), where="map.weight")
+    expected = regmean(tensors(weights), tensors(grams), alpha=0.9, where="map.weight")
     np.testing.assert_allclose(shuffled, expected, atol=1e-8)
 
 
@@ -102,9 +102,9 @@ def test_maps_that_share_an_input_can_be_stacked():
     grams, weights, rng = draw(6)
     more = [rng.normal(size=(3, IN)) for _ in weights]
     stacked = regmean(
-        tensors([np.vstack(pair) for pair in zip(weights, more, strict=True)]), tensors(grams), where="qkv"
+        tensors([np.vstack(pair) for pair in zip(weights, more, strict=True)]), tensors(grams), alpha=0.9, where="qkv"
     )
-    apart = [regmean(tensors(part), tensors(grams), where="q") for part in (weights, more)]
+    apart = [regmean(tensors(part), tensors(grams), alpha=0.9, where="q") for part in (weights, more)]
     torch.testing.assert_close(stacked, torch.cat(apart))
 
 
@@ -113,7 +113,7 @@ def test_low_precision_inputs_are_worked_on_in_float64():
     half = tensors(weights, torch.bfloat16)
     single = tensors(grams, torch.float32)
     expected = closed_form([g.double().numpy() for g in single], [w.double().numpy() for w in half], 0.9)
-    np.testing.assert_allclose(regmean(half, single, where="map.weight"), expected, atol=1e-9)
+    np.testing.assert_allclose(regmean(half, single, alpha=0.9, where="map.weight"), expected, atol=1e-9)
 
 
 def test_shrinking_leaves_the_diagonal_alone():
@@ -130,12 +130,12 @@ def test_an_impossible_share_is_refused(alpha):
 def test_what_cannot_be_merged_is_named():
     eye, weight = torch.eye(3), torch.ones(2, 3)
     with pytest.raises(BMMError, match=r"map\.weight"):
-        regmean([], [], where="map.weight")
+        regmean([], [], alpha=0.9, where="map.weight")
     with pytest.raises(BMMError, match=r"map\.weight holds NaN"):
-        regmean([weight * float("nan")], [eye], where="map.weight")
-    with pytest.raises(BMMError, match=r"map\.weight differ in shape"):
-        regmean([weight, torch.ones(3, 3)], [eye, eye], where="map.weight")
+        regmean([weight * float("nan")], [eye], alpha=0.9, where="map.weight")
+    with pytest.raises(BMMError, match=r"map\.weight differs in shape"):
+        regmean([weight, torch.ones(3, 3)], [eye, eye], alpha=0.9, where="map.weight")
     with pytest.raises(BMMError, match=r"Gram matrix of map\.weight holds NaN"):
-        regmean([weight], [torch.full((3, 3), float("nan"))], where="map.weight")
+        regmean([weight], [torch.full((3, 3), float("nan"))], alpha=0.9, where="map.weight")
     with pytest.raises(BMMError, match="number of experts' weights"):
-        regmean([weight, weight], [eye], where="map.weight")
+        regmean([weight, weight], [eye], alpha=0.9, where="map.weight")

@@ -1,0 +1,56 @@
+"""Every expert's diagonal Fisher information on its own calibration rows: an artefact each, made when asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bmm.anchors.settings import FisherSettings
+from bmm.evaluation.fisher import diagonal_fisher
+from bmm.prediction import build_model, head_tensors, read_split
+from bmm.progress import progress
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import Setup
+from bmm.store import Draft, Reference
+
+
+def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: FisherSettings) -> list[Reference]:
+    """Return the experts' `fisher` artefacts in order, one expert in memory at a time.
+
+    An artefact holds float32 tensors by canonical name. It depends on that expert and its rows alone.
+
+    Args:
+        work: the way to the store.
+        request: with the experts' rows among its inputs.
+        setup: the merge.
+        settings: which labels, and their seed.
+    """
+    names = [parameter.name for parameter in setup.layout.shared]
+    with setup.weights() as weights:
+        floating = [name for name in names if weights.base(name).is_floating_point()]
+        references = []
+        for index, expert in enumerate(setup.experts):
+            split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
+
+            def make(draft: Draft, index: int = index) -> None:
+                expert = setup.experts[index]
+                split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
+                with expert.model.open() as checkpoint:
+                    model = build_model(checkpoint, expert.name, expert.task["max_length"], 1)
+                    model.load_head(head_tensors(checkpoint, setup.layout, expert.name))
+                model.load_encoder({name: weights.expert(index, name) for name in names})
+                with progress(f"Fisher information of {expert.name}", len(split.rows)) as bar:
+                    found = diagonal_fisher(
+                        model, split.rows, floating, labels=settings.labels, seed=settings.seed, bar=bar
+                    )
+                tensors = {name: tensor.to(torch.float32) for name, tensor in found.items()}
+                save_file(tensors, draft.path / "fisher.safetensors")
+
+            inputs = {"expert": expert.model.digest, "calibration": split.digest, "parameters": floating}
+            said: dict[str, Any] = {"max_length": expert.task["max_length"], "labels": settings.labels}
+            if settings.labels == "sampled":
+                said["seed"] = settings.seed
+            references.append(work.obtain("fisher", inputs, make, settings=said))
+    return references
