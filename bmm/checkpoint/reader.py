@@ -247,4 +247,10 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file} asks for its own code to be run ('auto_map'), which is refused; "
             "use an architecture that transformers itself has"
         )
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{file} says that the weights are quantised ({method}), and packed numbers cannot be merged; save the "
+            "model as F32 or BF16"
+        )
     return config

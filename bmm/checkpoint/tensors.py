@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# safetensors' name -> (torch's name, bytes an element); dtypes packed below one byte are left out.
+# safetensors' name -> (torch's name, bytes an element). Left out: what is packed below one byte, and the 8-bit floats,
+# which mean nothing without the scales of their quantiser.
 _DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
     "I64": ("int64", 8),
     "I32": ("int32", 4),
     "I16": ("int16", 2),

@@ -251,6 +251,19 @@ def test_a_packed_dtype_is_refused(save) -> None:
     refused(folder, "'packed'", "F4")
 
 
+def test_8_bit_floats_are_refused_by_name(save, edit_weights) -> None:
+    folder = save("m")
+    name = "bert.pooler.dense.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    refused(folder, f"'{name}'", "F8_E4M3", "F32 or BF16")
+
+
+def test_quantised_weights_are_refused(save, edit_json) -> None:
+    folder = save("m")
+    edit_json(folder / "config.json", lambda value: value.update(quantization_config={"quant_method": "gptq"}))
+    refused(folder, "config.json", "gptq", "F32 or BF16")
+
+
 def test_a_file_without_tensors_is_refused(save) -> None:
     folder = save("m")
     save_file({}, folder / "model.safetensors")
