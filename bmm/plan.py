@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 
 from bmm.checkpoint.architecture import encoder_names
-from bmm.checkpoint.layout import encoder_prefix
 from bmm.checkpoint.reader import Checkpoint
 from bmm.disk import free_bytes
 from bmm.errors import OutputError, RecipeError
@@ -115,8 +114,12 @@ def make_plan(recipe: Recipe, inputs: Inputs, store: Store) -> Plan:
 
 def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tuple[tuple[StagePlan, ...], int]:
     """Return what each stage needs, and the bytes of the output."""
+    from bmm.kinds.registry import kind_of
+
     with Checkpoint.open(Path(inputs.base.path)) as base:
-        names = encoder_names(base, encoder_prefix(base.config))
+        kind = kind_of(recipe.experts[0].task.kind)
+        names = encoder_names(base, kind.architecture.prefix(base.config))
+        tokens = [tokens_of(expert.task.model_dump(), base.config) for expert in recipe.experts]
         shapes: dict[str, tuple[int, ...]] = {name: base.info(stored).shape for name, stored in names.items()}
         output_bytes = sum(base.info(stored).nbytes for stored in names.values())
     weights = sum(math.prod(shape) for shape in shapes.values())
@@ -127,7 +130,9 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     gram = sum(shape[1] ** 2 for shape in _distinct_inputs(matrices).values()) * _FLOAT64
     factors = gram + sum(math.prod(shape) for shape in matrices.values()) * _FLOAT64
     model = weights * _FLOAT32
-    rows = sum((expert.task.calibration.rows or 256) * expert.task.max_length for expert in recipe.experts)
+    rows = sum(
+        (expert.task.calibration.rows or 256) * most for expert, most in zip(recipe.experts, tokens, strict=True)
+    )
     widest = max((sum(shape) for shape in matrices.values()), default=0)
     walked = recipe.regression.mode == "propagated"
     # The walk keeps a layer's answers to every calibration row, and the moments of every layer in the store.
@@ -215,6 +220,16 @@ def require_fit(plan: Plan, recipe: Recipe) -> None:
         shortages.append((each / limit, RecipeError(message)))
     if shortages:
         raise max(shortages, key=lambda shortage: shortage[0])[1]
+
+
+def tokens_of(task: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Return how many tokens a row of a task has at most: as many as it is cut to, or as an image has patches."""
+    if "max_length" in task:
+        return int(task["max_length"])
+    vision = config.get("vision_config") or config
+    image, patch = (vision.get(name) or default for name, default in (("image_size", 224), ("patch_size", 16)))
+    sides = [max(size) if isinstance(size, list) else int(size) for size in (image, patch)]
+    return (sides[0] // sides[1]) ** 2 + 1
 
 
 def _distinct_inputs(matrices: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """What a model answers on a split: logits, kept as artefacts, so that no pair of model and rows is run twice.
 
-A model here is an encoder (known by the digest of its weights) with one task's head. The classifiers themselves are
+A model here is an encoder (known by the digest of its weights) with one task's head. The models themselves are
 `bmm.evaluation.model`; numbers made from the answers are `bmm.evaluation.metrics`.
 """
 
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
 from bmm.evaluation.data import Split
-from bmm.evaluation.metrics import correct_rows
-from bmm.evaluation.model import TaskModel
-from bmm.evaluation.tokens import TokenisedRows
+from bmm.evaluation.model import Prepared, TaskModel
+from bmm.kinds.registry import kind_of
+from bmm.kinds.settings import reading
 from bmm.progress import progress
 from bmm.sources import Expert
 from bmm.stages.request import Work
@@ -55,7 +55,7 @@ class Panel:
         self._batch_size = batch_size
         self._models: dict[str, TaskModel] = {}
         self._splits: dict[tuple[str, str], Split] = {}
-        self._tokens: dict[tuple[str, str], TokenisedRows] = {}
+        self._prepared: dict[tuple[str, str], Prepared] = {}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -67,8 +67,9 @@ class Panel:
         return len(self._split(task, split).rows)
 
     def correct(self, task: str, split: str, logits: torch.Tensor) -> NDArray[np.bool_]:
-        """Return, for each row of a split, whether the answer `(rows, classes)` is right."""
-        return correct_rows(logits, self._split(task, split).labels())
+        """Return, for each row of a split, whether its answer is right."""
+        kind = kind_of(self._experts[task].task["kind"])
+        return kind.correct(self._split(task, split).rows, logits)
 
     def evaluate(self, state: EncoderState, split: str) -> dict[str, NDArray[np.bool_]]:
         """Run encoder weights on one split of every task; nothing is kept.
@@ -81,7 +82,7 @@ class Panel:
         with progress(f"evaluating {split}", sum(self.rows(task, split) for task in self.tasks)) as bar:
             for task in self.tasks:
                 model = self._model(task)
-                found[task] = self.correct(task, split, model.logits(self._tokenised(task, split), bar))
+                found[task] = self.correct(task, split, model.logits(self._ready(task, split), bar))
         return found
 
     def predictions(
@@ -106,7 +107,7 @@ class Panel:
                     if not loaded:
                         self._load(state())
                         loaded = True
-                    answers = self._model(task).logits(self._tokenised(task, split), bar)
+                    answers = self._model(task).logits(self._ready(task, split), bar)
                     save_file({"logits": answers}, draft.path / "logits.safetensors")
 
                 artefact = self._work.read(self._work.obtain("predictions", self._inputs(encoder, task, split), make))
@@ -118,7 +119,7 @@ class Panel:
         return {
             "encoder": encoder,
             "head": self._experts[task].model.digest,
-            "max_length": self._experts[task].task["max_length"],
+            "reading": reading(self._experts[task].task),
             "batch_size": self._batch_size,
             "rows": self._split(task, split).digest,
         }
@@ -133,17 +134,17 @@ class Panel:
         if task not in self._models:
             expert = self._experts[task]
             with expert.model.open() as checkpoint:
-                model = build_model(checkpoint, expert.name, expert.task["max_length"], self._batch_size)
+                model = build_model(checkpoint, expert, self._batch_size)
                 model.load_head(head_tensors(checkpoint, self._layout, expert.name))
             if self._models:
                 model.share_encoder(next(iter(self._models.values())))
             self._models[task] = model
         return self._models[task]
 
-    def _tokenised(self, task: str, split: str) -> TokenisedRows:
-        known = self._tokens.get((task, split))
+    def _ready(self, task: str, split: str) -> Prepared:
+        known = self._prepared.get((task, split))
         if known is None:
-            known = self._tokens[task, split] = self._model(task).tokenise(self._split(task, split).rows)
+            known = self._prepared[task, split] = self._model(task).prepare(self._split(task, split).rows)
         return known
 
     def _load(self, state: EncoderState) -> None:
@@ -152,19 +153,20 @@ class Panel:
         models[0].load_encoder(state)
 
 
-def build_model(checkpoint: Checkpoint, name: str, max_length: int, batch_size: int) -> TaskModel:
-    """Return a classifier of the checkpoint's architecture with its tokenizer; its weights are not loaded."""
-    return TaskModel.build(checkpoint.config, checkpoint.tokenizer_folder, max_length, batch_size, task=name)
+def build_model(checkpoint: Checkpoint, expert: Expert, batch_size: int) -> TaskModel:
+    """Return an expert's model with what reads its rows; its weights are not loaded."""
+    kind = kind_of(expert.task["kind"])
+    return kind.build(checkpoint.config, checkpoint.tokenizer_folder, reading(expert.task), batch_size, expert.name)
 
 
 def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:
-    """Return what travels with one expert's head, under the classifier's own names."""
+    """Return what travels with one expert's head, under its model's own names."""
     return {name: checkpoint.tensor(stored) for name, stored in layout.heads[expert].items()}
 
 
 def read_split(artefact: Artefact, split: str) -> Split:
     """Return one split out of an `expert` artefact."""
-    return Split.from_jsonl(split, artefact.file(f"{split}.jsonl").read_text(encoding="utf-8"))
+    return kind_of(artefact.read_json("expert.json")["kind"]).read_split(artefact.path, split)
 
 
 class StoredWeights:

@@ -10,67 +10,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from bmm.anchors.settings import AnchorSettings, Method, TSVSettings
 from bmm.errors import RecipeError
 from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings
+from bmm.kinds.settings import Task
+from bmm.part import Part
 from bmm.regression.settings import RegressionSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 SIZE_PATTERN = r"^\d+(\.\d+)?\s*([kKMGT]i?)?B$"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SplitSource(_Part):
-    """Rows of one split, as `datasets.load_dataset` is asked for them, and how many of them to take.
-
-    `path` is a builder (`json`, `csv`, `parquet`, `text`), a folder saved on disk, or a hub id; `rows` takes a seeded
-    sample of that size, in file order; without it every row is used.
-    """
-
-    path: str
-    name: str | None = None
-    data_files: str | list[str] | None = None
-    split: str = "train"
-    revision: str | None = None
-    rows: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-
-
-class TextClassification(_Part):
-    """One text (or pair of texts) a row, one label out of a fixed set; the metric is accuracy."""
-
-    kind: Literal["text-classification"] = "text-classification"
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    max_length: int = Field(default=128, ge=4, description="tokens a row, longer rows are cut")
-    calibration: SplitSource
-    validation: SplitSource
-    test: SplitSource
-
-    def splits(self) -> dict[str, SplitSource]:
-        """Return the three splits by name, in a fixed order."""
-        return {"calibration": self.calibration, "validation": self.validation, "test": self.test}
-
-
-class ExpertSource(_Part):
+class ExpertSource(Part):
     """One expert: its checkpoint and the task that it was trained for."""
 
     name: str = Field(pattern=NAME_PATTERN)
     model: str = Field(min_length=1, description="a folder, hub-id@revision, or an MLflow models:/ URI")
-    task: TextClassification
+    task: Task
 
 
 Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
 
 
-class SearchSettings(_Part):
+class SearchSettings(Part):
     """The outer loop: which hyperparameters vary together, how many trials, towards what."""
 
     per: Literal["model", "type", "depth", "type x depth", "module"] = "type"
@@ -97,7 +62,7 @@ class SearchSettings(_Part):
         return self
 
 
-class ClusterSettings(_Part):
+class ClusterSettings(Part):
     """The Dask cluster that computes Gram matrices: an address, or local worker processes."""
 
     scheduler: str | None = Field(default=None, description="tcp://host:port of a running scheduler")
@@ -105,7 +70,7 @@ class ClusterSettings(_Part):
     memory_limit: str = Field(default="8GiB", pattern=SIZE_PATTERN)
 
 
-class EvaluationSettings(_Part):
+class EvaluationSettings(Part):
     """How models are measured and against what they are compared."""
 
     batch_size: int = Field(default=64, ge=1)
@@ -128,7 +93,7 @@ class EvaluationSettings(_Part):
         return value
 
 
-class CoverageSettings(_Part):
+class CoverageSettings(Part):
     """When a merge counts as having reached too few of the weights."""
 
     minimum: float = Field(
@@ -136,14 +101,14 @@ class CoverageSettings(_Part):
     )
 
 
-class TrackingSettings(_Part):
+class TrackingSettings(Part):
     """What MLflow calls this merge."""
 
     enabled: bool = True
     experiment: str = Field(default="bayesian-model-merging", min_length=1)
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """One merge, as a user asks for it. Relative paths are relative to `folder`."""
 
     base_model: str = Field(min_length=1)
@@ -279,12 +244,18 @@ def _explain(error: ValidationError) -> str:
     if parts[:1] in (["anchor"], ["grams"]):
         # Discriminated unions put the chosen kind between the key and its option; users never wrote it as a key.
         del parts[1:2]
+    if parts[:1] == ["experts"] and parts[2:3] == ["task"]:
+        # And the kind between a task and its keys.
+        del parts[3:4]
     key = ".".join(parts) or "the recipe"
     match first["type"]:
         case "extra_forbidden":
             return f"unknown key '{key}'; remove it or correct its spelling"
         case "missing":
             return f"the key '{key}' is missing; add it"
+        case "union_tag_invalid":
+            word, expected = (first["ctx"][name].replace("'", "") for name in ("discriminator", "expected_tags"))
+            return f"'{key}.{word}': there is no {word} '{first['ctx']['tag']}'; choose one of {expected}"
         case _:
             message = first["msg"].removeprefix("Value error, ")
             if not parts:

@@ -139,11 +139,15 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
     model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
     data = {}
     for split, source in expert.task.splits().items():
-        files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}")
+        images = getattr(expert.task, "image", None)
+        files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}", images=images)
         for path in files:
             check_allowed(path, f"the {split} data of the expert {expert.name}")
         request = source.model_dump(mode="json", exclude={"data_files", "path"} if files else set())
         # Local rows are known by their bytes, wherever the files lie; rows on a hub by the revision asked for.
         data[split] = {"builder": Path(source.path).name, **request, "files": [digest_file(path) for path in files]}
+        if source.path == "imagefolder":
+            # The folder's name is the label.
+            data[split]["names"] = [f"{path.parent.name}/{path.name}" for path in files]
     task = expert.task.model_dump(mode="json", exclude={"calibration", "validation", "test"})
     return Expert(expert.name, model, task, data)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError, DataError, OutputError, UserError
-from bmm.recipe import SplitSource
+from bmm.kinds.settings import SplitSource
 from bmm.recipe_text import ExpertEntry, recipe_text
 
 _FILE = "recipe.yaml"

@@ -1,76 +1,142 @@
-"""What transformers says of an architecture: the encoder's prefix, and the parameters its classifier needs.
+"""What transformers says of an architecture: the encoder's prefix, and the parameters that a task's model needs.
 
 Everything comes from `config.json` and transformers' own classes; models are built on torch's meta device at
-most, so no weight is ever allocated. No comparison of checkpoints here.
+most, so no weight is ever allocated. Which auto class a kind of task has is `bmm.kinds`' to say; no comparison of
+checkpoints here.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from bmm.digest import canonical_json
 from bmm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from bmm.checkpoint.reader import Checkpoint
 
 
-def encoder_prefix(config: dict[str, Any]) -> str:
-    """Return the name under which the sequence classifier keeps its encoder ("bert", "roberta").
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What transformers calls the models of a kind of task.
 
-    Raises:
-        CheckpointError: the config names no model type, or one without a sequence classifier.
+    Attributes:
+        auto_class: transformers' auto class ("AutoModelForSequenceClassification").
+        noun: what messages call such a model ("text classifier").
     """
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError("config.json has no 'model_type'; save the model again with `save_pretrained`")
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"the model type '{model_type}' in config.json is not one that transformers has")
-    config_class = CONFIG_MAPPING[model_type]
-    if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise CheckpointError(f"transformers has no text classifier for the model type '{model_type}' in config.json")
-    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config_class]
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    return str(model_class.base_model_prefix)
+    auto_class: str
+    noun: str
+
+    def prefix(self, config: dict[str, Any]) -> str:
+        """Return the name under which such a model keeps its encoder ("bert", "roberta", "vit").
+
+        Raises:
+            CheckpointError: the config names no model type, or one without such a model.
+        """
+        return str(self.model_class(config).base_model_prefix)
+
+    def model_class(self, config: dict[str, Any]) -> Any:
+        """Return the class that transformers has for a config.
+
+        Raises:
+            CheckpointError: the config names no model type, or one without such a model.
+        """
+        import transformers
+
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str):
+            raise CheckpointError("config.json has no 'model_type'; save the model again with `save_pretrained`")
+        if model_type not in transformers.CONFIG_MAPPING:
+            raise CheckpointError(f"the model type '{model_type}' in config.json is not one that transformers has")
+        config_class = transformers.CONFIG_MAPPING[model_type]
+        classes = getattr(transformers, self.auto_class)._model_mapping
+        if config_class not in classes:
+            raise CheckpointError(f"transformers has no {self.noun} for the model type '{model_type}' in config.json")
+        model_class = classes[config_class]
+        return model_class[0] if isinstance(model_class, tuple) else model_class
+
+    def missing(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the parameters that such a model needs and the checkpoint lacks, sorted.
+
+        Of parameters which are tied to each other one is enough. Buffers do not count: they are made, not learnt.
+
+        Raises:
+            CheckpointError: the config does not describe a model that transformers can build.
+        """
+        import torch
+        import transformers
+
+        prefix = self.prefix(checkpoint.config)
+        try:
+            config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
+            with torch.device("meta"):
+                model = getattr(transformers, self.auto_class).from_config(config, trust_remote_code=False)
+        except Exception as error:
+            # Each architecture checks its config in its own way, so any exception can mean an impossible value.
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'} does not describe a model: {' '.join(str(error).split())}"
+            ) from error
+        encoder = encoder_names(checkpoint, prefix)
+        present = {f"{prefix}.{name}" for name in encoder} | (set(checkpoint.names()) - set(encoder.values()))
+        tied: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied.setdefault(id(parameter), []).append(name)
+        return sorted(names[0] for names in tied.values() if present.isdisjoint(names))
 
 
 def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """Return canonical name -> stored name of the encoder's tensors.
 
-    A checkpoint without a single name under the prefix is a bare encoder: all tensors are the encoder's.
+    Canonical is what transformers calls a parameter once the encoder is loaded, which for some architectures (ViT,
+    DINOv2) is not what `save_pretrained` writes. A checkpoint without a single name under the prefix is a bare
+    encoder: all tensors are the encoder's.
+
+    Raises:
+        CheckpointError: a tensor that transformers cuts or joins when it loads it.
     """
     names = checkpoint.names()
     under = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
-    return under or {name: name for name in names}
+    rename = _renaming(canonical_json(checkpoint.config))
+    found = {}
+    for name, stored in (under or {name: name for name in names}).items():
+        renamed, cut = rename(name)
+        if cut:
+            raise CheckpointError(
+                f"{checkpoint.path} stores the tensor '{stored}' in a form that transformers cuts or joins when it "
+                "loads it, which cannot be merged"
+            )
+        found[renamed] = stored
+    return found
 
 
-def missing_parameters(checkpoint: Checkpoint) -> list[str]:
-    """Return the parameters that the sequence classifier needs and the checkpoint lacks, sorted.
-
-    Of parameters which are tied to each other one is enough. Buffers do not count: they are made, not learnt.
-
-    Raises:
-        CheckpointError: the config does not describe a model that transformers can build.
-    """
+@lru_cache(maxsize=16)
+def _renaming(config: str) -> Callable[[str], tuple[str, bool]]:
+    """Return a function from a stored name to the loaded encoder's, and whether the tensor itself is changed too."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    prefix = encoder_prefix(checkpoint.config)
+    values = json.loads(config)
     try:
-        config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
+        settings = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        # Each architecture checks its config in its own way, so any exception can mean an impossible value.
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} does not describe a model: {' '.join(str(error).split())}"
-        ) from error
-    encoder = encoder_names(checkpoint, prefix)
-    present = {f"{prefix}.{name}" for name in encoder} | (set(checkpoint.names()) - set(encoder.values()))
-    tied: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    return sorted(names[0] for names in tied.values() if present.isdisjoint(names))
+            model = transformers.AutoModel.from_config(settings, trust_remote_code=False)
+    except Exception:
+        # What is wrong with the configuration is said where the task's own model is built from it.
+        return lambda name: (name, False)
+    # Of legacy names only LayerNorm's are known here, which `Checkpoint` modernises.
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+
+    def rename(name: str) -> tuple[str, bool]:
+        renamed, pattern = rename_source_key(name, renamings, converters)
+        return str(renamed), pattern is not None
+
+    return rename

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bmm.checkpoint.architecture import encoder_names, encoder_prefix, missing_parameters
+from bmm.checkpoint.architecture import Architecture, encoder_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo
 from bmm.errors import CheckpointError
-
-__all__ = ["Layout", "SharedParameter", "compare", "encoder_prefix", "missing_parameters"]
 
 # Settings which change what the same shapes compute; each architecture names them in its own way.
 _DEFINING = (
@@ -62,9 +60,9 @@ class Layout:
     """Where every tensor of a merge comes from.
 
     Attributes:
-        prefix: the sequence classifier's name for its encoder.
+        prefix: the task models' name for their encoder.
         shared: by canonical name, sorted.
-        heads: expert -> {name in the classifier's state dict: stored name} of what travels with the head.
+        heads: expert -> {name in the task model's state dict: stored name} of what travels with the head.
         dropped: the base's stored names that no merge uses, sorted (its own head, an unused pooler).
     """
 
@@ -97,16 +95,19 @@ class Layout:
         return cls(value["prefix"], shared, heads, tuple(value["dropped"]))
 
 
-def compare(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Layout:
+def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]) -> Layout:
     """Compare the base with all experts and say where every tensor goes.
 
+    Args:
+        base: the base checkpoint.
+        experts: the experts by name, in the recipe's order.
+        architectures: by the same names, what transformers calls each expert's model.
+
     Raises:
-        CheckpointError: another architecture; a tensor missing, superfluous, of another shape or kind.
+        CheckpointError: another architecture; kinds of model that do not keep the same encoder; a tensor missing,
+            superfluous, of another shape or kind.
     """
-    try:
-        prefix = encoder_prefix(base.config)
-    except CheckpointError as error:
-        raise CheckpointError(f"the base {base.path}: {error}") from None
+    prefix = _prefix(base, architectures)
     base_names = encoder_names(base, prefix)
     expert_names: dict[str, dict[str, str]] = {}
     for expert, checkpoint in experts.items():
@@ -137,13 +138,30 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Layout:
     for expert, checkpoint in experts.items():
         encoder = set(expert_names[expert].values())
         heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
-        if missing := missing_parameters(checkpoint):
+        if missing := architectures[expert].missing(checkpoint):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
                 f"expert '{expert}' ({checkpoint.path}) lacks the parameter '{missing[0]}'{more} which its "
-                "architecture needs; save it as AutoModelForSequenceClassification with `save_pretrained`"
+                f"architecture needs; save it as {architectures[expert].auto_class} with `save_pretrained`"
             )
     return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)))
+
+
+def _prefix(base: Checkpoint, architectures: Mapping[str, Architecture]) -> str:
+    """Return the one name under which the models of all experts keep the encoder of the base."""
+    prefixes: dict[str, str] = {}
+    for expert, architecture in architectures.items():
+        try:
+            prefixes.setdefault(architecture.prefix(base.config), expert)
+        except CheckpointError as error:
+            raise CheckpointError(f"the base {base.path}: {error}") from None
+    if len(prefixes) > 1:
+        one, other = list(prefixes.values())[:2]
+        raise CheckpointError(
+            f"the experts '{one}' ({architectures[one].noun}) and '{other}' ({architectures[other].noun}) do not keep "
+            "the same encoder of this base; merge them in two recipes"
+        )
+    return next(iter(prefixes))
 
 
 def _check_config(expert: str, checkpoint: Checkpoint, base: Checkpoint) -> None:

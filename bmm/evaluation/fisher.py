@@ -10,27 +10,25 @@ row's own gradient is squared, never a batch's. How experts are merged with it i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bmm.evaluation.data import Row
 from bmm.evaluation.model import TaskModel
-from bmm.evaluation.tokens import batches
 from bmm.progress import Bar
 
 Labels = Literal["sampled", "expected", "data"]
 
 
 def diagonal_fisher(
-    model: TaskModel, rows: Sequence[Row], names: Sequence[str], *, labels: Labels, seed: int, bar: Bar
+    model: TaskModel, rows: Sequence[Any], names: Sequence[str], *, labels: Labels, seed: int, bar: Bar
 ) -> dict[str, Tensor]:
     """Return each encoder parameter's Fisher information, of its shape, float64; zero where no gradient comes.
 
     Args:
         model: the expert, head and encoder loaded; its weights are left as they are.
-        rows: at least one.
+        rows: at least one, with class ids as their labels.
         names: canonical names of the encoder's tensors that are wanted; those that are no parameters get zeros.
         labels: whose gradients are squared.
         seed: of the drawn classes, one draw for each row in the order given.
@@ -44,12 +42,12 @@ def diagonal_fisher(
     parameters = {id(stored[name]): stored[name] for name in names if isinstance(stored[name], torch.nn.Parameter)}
     sums = {key: torch.zeros(tensor.shape, dtype=torch.float64) for key, tensor in parameters.items()}
     draws = torch.rand(len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    tokenised = model.tokenise(rows)
+    prepared = model.prepare(rows)
     wanted = list(parameters.values())
     try:
         for tensor in wanted:
             tensor.requires_grad_(True)
-        for place, batch in zip(tokenised.order, batches(tokenised, 1), strict=True):
+        for place, batch in zip(prepared.order, prepared.batches(1), strict=True):
             logs = model.module(**batch, return_dict=True).logits[0].log_softmax(-1)
             for label, share in _weighted(logs.detach(), labels, rows[place].label, float(draws[place])):
                 gradients = torch.autograd.grad(logs[label], wanted, retain_graph=True, allow_unused=True)

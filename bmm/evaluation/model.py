@@ -1,8 +1,8 @@
-"""Running a text classifier whose weights change many times while its shape, head and rows stay.
+"""Running a task's model whose weights change many times while its shape, head and rows stay.
 
-Lives here: `TaskModel` (one classifier of the `transformers` library with its tokenizer) and
-its batches. Does not live here: reading weights from disk (`bmm.checkpoint`), what the logits are worth
-(`bmm.evaluation.metrics`).
+Lives here: `TaskModel` (one model of the `transformers` library with what reads its rows), and building one without
+weights. Does not live here: reading weights from disk (`bmm.checkpoint`), how rows become batches (`bmm.kinds`), what
+the answers are worth (`bmm.evaluation.metrics`).
 
 Models always compute in float32: weights of any dtype are cast on their way in, so that merges are compared
 on the same arithmetic whatever dtype they are published in.
@@ -10,20 +10,18 @@ on the same arithmetic whatever dtype they are published in.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from bmm.errors import BMMError, CheckpointError, DataError
-from bmm.evaluation.data import Row
-from bmm.evaluation.tokens import TokenisedRows, batches, load_tokenizer, quiet_transformers, tokenised_rows
+from bmm.checkpoint.architecture import Architecture
+from bmm.errors import BMMError, CheckpointError
+from bmm.evaluation.tokens import quiet_transformers
 
 # Said of the file that a configuration came from; refused or without meaning when one is built from values.
 _NOT_CONFIGURATION = frozenset(
@@ -46,70 +44,56 @@ class _EncoderState:
     loaded: bool = False
 
 
-class TaskModel:
-    """One task's classifier in eval mode, float32, on the CPU; its weights come in from outside.
+class Prepared(Protocol):
+    """Rows as a model takes them, ready to be cut into batches."""
 
-    Encoder names are canonical: without the head model's `base_model_prefix`. Encoder names that `load_head`
-    was given (a pooler that the base lacks, say) travel with the head: they stay this model's own.
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @property
+    def order(self) -> Sequence[int]:
+        """Row indices as batches take them."""
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield keyword tensors of the encoder's forward pass, rows first; `attention_mask` only with padding."""
+
+
+class Reader(Protocol):
+    """Turns the rows of one task into what its model takes."""
+
+    def prepare(self, rows: Sequence[Any]) -> Prepared:
+        """Return the rows as the model takes them.
+
+        Raises:
+            UserError: a row that the model cannot take.
+        """
+
+
+class TaskModel:
+    """One task's model in eval mode, float32, on the CPU; its weights come in from outside.
+
+    Encoder names are canonical: without the name under which the model keeps its encoder. Encoder names that
+    `load_head` was given (a pooler that the base lacks, say) travel with the head: they stay this model's own.
+
+    Args:
+        task: the expert's name, for messages.
+        module: a model of transformers, from `build_module`.
+        prefix: the name under which it keeps its encoder.
+        batch_size: rows in one forward pass.
+        reader: what reads the task's rows; None for a model that is only fed.
     """
 
-    def __init__(
-        self, task: str, model: Any, tokenizer: Any, tokenizer_folder: Path, max_length: int, batch_size: int
-    ) -> None:
+    def __init__(self, task: str, module: Any, prefix: str, batch_size: int, reader: Reader | None = None) -> None:
         self.task = task
-        self.module: Any = model
-        self.encoder: Any = model.base_model
+        self.module: Any = module
+        self.encoder: Any = module.get_submodule(prefix)
         self.batch_size = batch_size
-        self._prefix = f"{model.base_model_prefix}."
-        self._tokenizer = tokenizer
-        self._folder = tokenizer_folder
-        self._max_length = max_length
+        self.reader = reader
+        self._prefix = f"{prefix}."
         self._travelling: frozenset[str] = frozenset()
         self._head_loaded = False
         self._state = _EncoderState()
         self._shares = False
-
-    @classmethod
-    def build(
-        cls,
-        config: Mapping[str, Any],
-        tokenizer_folder: Path,
-        max_length: int,
-        batch_size: int,
-        *,
-        task: str,
-    ) -> TaskModel:
-        """Build a classifier of the shape that `config` (a config.json) describes, without weights.
-
-        Args:
-            config: with `model_type` and the expert's own labels; code that it refers to is never run.
-            tokenizer_folder: where the expert's tokenizer files are.
-            max_length: tokens a row; longer rows are cut.
-            batch_size: rows in one forward pass.
-            task: the expert's name, for messages.
-
-        Raises:
-            CheckpointError: the configuration describes no text classifier, or the folder has no tokenizer.
-        """
-        tokenizer = load_tokenizer(Path(tokenizer_folder))
-        values = {key: value for key, value in config.items() if key not in _NOT_CONFIGURATION}
-        try:
-            # Constructors compute buffers such as position ids; only weights are left as memory has them.
-            with quiet_transformers(), no_init_weights():
-                settings = transformers.AutoConfig.for_model(config["model_type"], **values)
-                model = transformers.AutoModelForSequenceClassification.from_config(
-                    settings, dtype=torch.float32, trust_remote_code=False
-                )
-        except Exception as error:
-            reason = "it has no model_type" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"the config.json of {task} does not describe a text classifier that transformers has: {reason}"
-            ) from error
-        model.tie_weights()
-        model.requires_grad_(False).eval()
-        if model.base_model is model:
-            raise CheckpointError(f"the model of {task} has no encoder apart from its head ({type(model).__name__})")
-        return cls(task, model, tokenizer, Path(tokenizer_folder), max_length, batch_size)
 
     def load_head(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in everything that is this task's own, by the keys of the expert's checkpoint.
@@ -174,50 +158,26 @@ class TaskModel:
         self._state = other._state
         self._shares = other._shares = True
 
-    def tokenise(self, rows: Sequence[Row]) -> TokenisedRows:
-        """Return the rows as tokens, cut at `max_length`, sorted by length for batching.
+    def prepare(self, rows: Sequence[Any]) -> Prepared:
+        """Return the rows as this model takes them.
 
         Raises:
-            DataError: a row becomes no tokens, or more than the model has positions for.
-            CheckpointError: the tokenizer has tokens that the model does not.
+            BMMError: the model was built without a reader.
+            UserError: a row that the model cannot take.
         """
-        accepted = inspect.signature(self.module.forward).parameters
-        types = getattr(self.module.config, "type_vocab_size", 2)
-        # A model of one token type assumes it when told nothing, and fails when told of a second one.
-        refused = {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
-        tokenised = tokenised_rows(self._tokenizer, rows, self._max_length, refused)
-        if not len(tokenised):
-            return tokenised
-        lengths = tokenised.lengths
-        if min(lengths) == 0:
-            row = rows[lengths.index(0)]
-            raise DataError(
-                f"{self.task}: the tokenizer in {self._folder} makes no token of the text {row.text[:60]!r}"
-            )
-        positions = _positions(self.encoder)
-        if positions is not None and max(lengths) > positions:
-            raise DataError(
-                f"{self.task}: a row has {max(lengths)} tokens, but the model has {positions} positions; "
-                f"set task.max_length to at most {positions}"
-            )
-        vocabulary = self.encoder.get_input_embeddings().num_embeddings
-        largest = max(max(ids) for ids in tokenised.columns["input_ids"])
-        if largest >= vocabulary:
-            raise CheckpointError(
-                f"{self.task}: the tokenizer in {self._folder} gives the token {largest}, but the model has "
-                f"only {vocabulary} tokens; use the tokenizer that the model was trained with"
-            )
-        return tokenised
+        if self.reader is None:
+            raise BMMError(f"the model of {self.task} was built without anything that reads its rows")
+        return self.reader.prepare(rows)
 
-    def batches(self, tokenised: TokenisedRows) -> Iterator[dict[str, Tensor]]:
-        """Return `batches` of this model's batch size."""
-        return batches(tokenised, self.batch_size)
+    def batches(self, prepared: Prepared) -> Iterator[dict[str, Tensor]]:
+        """Return batches of this model's batch size."""
+        return prepared.batches(self.batch_size)
 
-    def logits(self, tokenised: TokenisedRows, bar: Any = None) -> Tensor:
+    def logits(self, prepared: Prepared, bar: Any = None) -> Tensor:
         """Return the logits, (rows, classes) float32, in the order the rows were given.
 
         Args:
-            tokenised: from `tokenise` of a model with the same tokenizer.
+            prepared: from `prepare` of a model that reads rows in the same way.
             bar: a `bmm.progress.Bar`, advanced by the rows of each batch.
 
         Raises:
@@ -226,20 +186,48 @@ class TaskModel:
         """
         if not (self._head_loaded and self._state.loaded):
             raise BMMError(f"the model of {self.task} has no weights yet; load its head and its encoder first")
-        result = torch.empty(len(tokenised), self.module.config.num_labels, dtype=torch.float32)
+        result = torch.empty(len(prepared), self.module.config.num_labels, dtype=torch.float32)
         done = 0
         with torch.inference_mode():
-            for batch in self.batches(tokenised):
-                size = len(batch["input_ids"])
-                result[list(tokenised.order[done : done + size])] = self.module(
-                    **batch, return_dict=True
-                ).logits.float()
-                done += size
+            for batch in self.batches(prepared):
+                logits = self.module(**batch, return_dict=True).logits.float()
+                result[list(prepared.order[done : done + len(logits)])] = logits
+                done += len(logits)
                 if bar is not None:
-                    bar.advance(size)
+                    bar.advance(len(logits))
         if not torch.isfinite(result).all():
             raise FloatingPointError(f"the logits of {self.task} are not finite")
         return result
+
+
+def build_module(config: Mapping[str, Any], architecture: Architecture, task: str) -> Any:
+    """Build a model of the shape that a config.json describes, float32, in eval mode, without weights.
+
+    Args:
+        config: with `model_type` and the expert's own labels; code that it refers to is never run.
+        architecture: what transformers calls such a model.
+        task: the expert's name, for messages.
+
+    Raises:
+        CheckpointError: the configuration describes no such model, or one without an encoder apart from its head.
+    """
+    values = {key: value for key, value in config.items() if key not in _NOT_CONFIGURATION}
+    try:
+        # Constructors compute buffers such as position ids; only weights are left as memory has them.
+        with quiet_transformers(), no_init_weights():
+            settings = transformers.AutoConfig.for_model(config["model_type"], **values)
+            model = getattr(transformers, architecture.auto_class).from_config(
+                settings, dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:
+        reason = "it has no model_type" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the config.json of {task} does not describe a model that transformers has as a {architecture.noun}: "
+            f"{reason}"
+        ) from error
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:
@@ -250,19 +238,6 @@ def _named(module: nn.Module) -> dict[str, Tensor]:
 def _computed(module: nn.Module) -> set[str]:
     """Return the buffers that a model computes itself; older checkpoints hold them all the same."""
     return {name for name, _ in module.named_buffers()} - set(module.state_dict())
-
-
-def _positions(encoder: nn.Module) -> int | None:
-    """Return how many tokens a learned position table has room for, or None without one.
-
-    Position tables with a padding index (RoBERTa) count from the place after it.
-    """
-    rooms = [
-        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-        for name, table in encoder.named_modules()
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
-    ]
-    return min(rooms, default=None)
 
 
 def _copy(targets: Mapping[str, Tensor], given: Mapping[str, Tensor], computed: Iterable[str], what: str) -> None:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import glob
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bmm.errors import DataError
-from bmm.recipe import SplitSource
+from bmm.kinds.settings import SplitSource
 
-BUILDERS = ("json", "csv", "parquet", "text")
+BUILDERS = ("json", "csv", "parquet", "text", "imagefolder")
+_FOLDERS = ("imagefolder",)
 _SAVED_DATASET = "dataset_info.json"
 _SAVED_DATASETS = "dataset_dict.json"
 
@@ -78,8 +79,9 @@ def _build(source: SplitSource, files: Sequence[Path], cache: Path, spot: str) -
     """Read local files with one of the packaged builders."""
     import datasets
 
-    # Without this, the texts "None", "null" and "NA" of a CSV file would be read as missing.
-    options = {"keep_default_na": False} if source.path == "csv" else {}
+    # Without these, the texts "None", "null" and "NA" of a CSV file would be read as missing, and the names of folders
+    # would be labels only where there is more than one.
+    options = {"csv": {"keep_default_na": False}, "imagefolder": {"drop_labels": False}}.get(source.path, {})
 
     def build(some: Sequence[Path], number: int) -> Any:
         return datasets.load_dataset(
@@ -99,7 +101,7 @@ def _build(source: SplitSource, files: Sequence[Path], cache: Path, spot: str) -
         if isinstance(error, ValueError) and str(error).startswith(("Unknown split", "Unrecognized instruction")):
             raise DataError(f"{spot}: {_reason(error)} Files without named splits are 'train'") from None
         culprits = ", ".join(str(path) for path in files)
-        for number, path in enumerate(files if len(files) > 1 else [], 1):
+        for number, path in enumerate(files if len(files) > 1 and source.path not in _FOLDERS else [], 1):
             try:
                 build([path], number)
             except Exception as alone:
@@ -124,6 +126,9 @@ def data_files(source: SplitSource, folder: Path, spot: str) -> list[Path]:
         if "://" in name:
             raise DataError(f"{spot}: {name} is not a local file; download it and name it by its path")
         path = Path(folder).resolve() / Path(name).expanduser()
+        if path.is_dir() and source.path in _FOLDERS:
+            found.update(dict.fromkeys(sorted(match for match in path.rglob("*") if match.is_file())))
+            continue
         if path.is_dir():
             raise DataError(f"{spot}: {path} is a folder; name the files in it, such as {name.rstrip('/')}/*")
         matches = [path]
@@ -134,6 +139,44 @@ def data_files(source: SplitSource, folder: Path, spot: str) -> list[Path]:
                 raise DataError(f"{spot}: there is no file {path}; correct `data_files`")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def encoded_images(table: Any, columns: Iterable[str]) -> Any:
+    """Return a table whose image columns hold mappings of `bytes` and `path` instead of decoded images."""
+    import datasets
+
+    for name in columns:
+        if isinstance(table.features[name], datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def named_files(source: SplitSource, column: str, folder: Path, spot: str) -> list[Path]:
+    """Return the existing files that a column of paths names, each once, in the order of the rows.
+
+    Without a column of that name, or with one that holds something else than texts, there are none.
+    """
+    if source.path not in ("json", "csv", "parquet"):
+        return []
+    if source.path == "parquet" and not _names_files(data_files(source, folder, spot)[0], column):
+        return []
+    with opened(source, folder, spot) as table:
+        values = list(table[column]) if column in table.column_names else []
+    paths = (Path(folder).resolve() / value for value in values if isinstance(value, str))
+    return list(dict.fromkeys(path for path in paths if path.is_file()))
+
+
+def _names_files(file: Path, column: str) -> bool:
+    """Say whether a Parquet file's column holds texts, without reading its rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+    except (OSError, pyarrow.ArrowException):
+        return False  # What is wrong with it is said where its rows are read.
+    place = schema.get_field_index(column)
+    return place >= 0 and str(schema.field(place).type) in ("string", "large_string")
 
 
 def _within(folder: Path, pattern: str) -> str:

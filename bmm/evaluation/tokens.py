@@ -1,6 +1,6 @@
 """Rows as tokens, and tokens as batches: fixed order, least padding.
 
-Lives here: reading a tokenizer from its folder, `TokenisedRows`, `batches` (evaluation and Gram collection
+Lives here: reading a tokenizer from its folder, `TokenisedRows` with its batches (evaluation and Gram collection
 use the same). Does not live here: models (`bmm.evaluation.model`).
 """
 
@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from torch import Tensor
 
 from bmm.errors import CheckpointError
-from bmm.evaluation.data import Row
+
+if TYPE_CHECKING:
+    from bmm.kinds.texts import TextRow
 
 # Without one of these, transformers 5 makes up a tokenizer of special tokens alone and every word becomes
 # unknown.
@@ -52,6 +54,26 @@ class TokenisedRows:
         """Row indices as batches take them: longest first, so that what does not fit memory fails at once."""
         return tuple(sorted(range(len(self)), key=lambda row: (-self.lengths[row], row)))
 
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield batches in `order`, each padded to its longest row.
+
+        Every value is (rows, tokens) int64; `attention_mask` is 0 on padding.
+        """
+        for start in range(0, len(self), batch_size):
+            rows = self.order[start : start + batch_size]
+            width = self.lengths[rows[0]]
+            batch = {}
+            for name, column in self.columns.items():
+                filled = torch.full((len(rows), width), self.padding[name], dtype=torch.int64)
+                for place, row in enumerate(rows):
+                    values = torch.tensor(column[row], dtype=torch.int64)
+                    if self.side == "left":
+                        filled[place, width - len(values) :] = values
+                    else:
+                        filled[place, : len(values)] = values
+                batch[name] = filled
+            yield batch
+
 
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer in a local folder; nothing is fetched and no code in it is run.
@@ -74,7 +96,7 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def tokenised_rows(tokenizer: Any, rows: Sequence[Row], max_length: int, refused: Collection[str]) -> TokenisedRows:
+def tokenised_rows(tokenizer: Any, rows: Sequence[TextRow], max_length: int, refused: Collection[str]) -> TokenisedRows:
     """Return rows as tokens, cut at `max_length`, without the model inputs in `refused`."""
     padding = {
         "input_ids": int(tokenizer.pad_token_id),
@@ -95,27 +117,6 @@ def tokenised_rows(tokenizer: Any, rows: Sequence[Row], max_length: int, refused
             )
         columns = {name: encoded[name] for name in encoded if name in padding and name not in refused}
     return TokenisedRows(columns=columns, padding=padding, side=tokenizer.padding_side)
-
-
-def batches(tokenised: TokenisedRows, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches in `tokenised.order`, each padded to its longest row.
-
-    Every value is (rows, tokens) int64; `attention_mask` is 0 on padding.
-    """
-    for start in range(0, len(tokenised), batch_size):
-        rows = tokenised.order[start : start + batch_size]
-        width = tokenised.lengths[rows[0]]
-        batch = {}
-        for name, column in tokenised.columns.items():
-            filled = torch.full((len(rows), width), tokenised.padding[name], dtype=torch.int64)
-            for place, row in enumerate(rows):
-                values = torch.tensor(column[row], dtype=torch.int64)
-                if tokenised.side == "left":
-                    filled[place, width - len(values) :] = values
-                else:
-                    filled[place, : len(values)] = values
-            batch[name] = filled
-        yield batch
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the list of shards, each once, in row order, in float64: the same bytes whoever 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,15 +17,17 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bmm.checkpoint.architecture import encoder_names, encoder_prefix
+from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.verified import open_verified
-from bmm.evaluation.data import Split
+from bmm.digest import canonical_json
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
+from bmm.kinds.registry import kind_of
+from bmm.prediction import read_split
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 from bmm.threads import one_thread
 
-SHARD_VERSION = 1
+SHARD_VERSION = 2
 _WHERE = ("store", "expert_path", "expert_base", "data")
 
 
@@ -39,7 +42,7 @@ class ShardRequest:
     split_digest: str
     start: int
     stop: int
-    max_length: int
+    reading: Mapping[str, Any]
     batch_size: int
     groups: tuple[str, ...]
 
@@ -68,13 +71,16 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
     store = Store(Path(request.store))
 
     def make(draft: Draft) -> None:
-        text = store.read(Reference.from_json(request.data)).file("calibration.jsonl").read_text(encoding="utf-8")
-        split = Split.from_jsonl("calibration", text)
+        split = read_split(store.read(Reference.from_json(request.data)), "calibration")
         model = _loaded(
-            request.expert_path, request.expert_base, request.expert_digest, request.max_length, request.batch_size
+            request.expert_path,
+            request.expert_base,
+            request.expert_digest,
+            canonical_json(request.reading),
+            request.batch_size,
         )
-        tokenised = model.tokenise(split.rows[request.start : request.stop])
-        sums = collect(model.encoder, model.batches(tokenised), request.groups)
+        prepared = model.prepare(split.rows[request.start : request.stop])
+        sums = collect(model.encoder, model.batches(prepared), request.groups)
         tensors = {name: part.total for name, part in sums.items()}
         save_file(tensors, draft.path / "sums.safetensors")
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
@@ -87,13 +93,13 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str, base: str | None, digest: str, max_length: int, batch_size: int) -> TaskModel:
+def _loaded(path: str, base: str | None, digest: str, reading: str, batch_size: int) -> TaskModel:
     """Return the expert ready to run; the last one stays loaded, since shards of one expert come together."""
     with open_verified(Path(path), digest, Path(base) if base else None) as checkpoint:
-        model = TaskModel.build(
-            checkpoint.config, checkpoint.tokenizer_folder, max_length, batch_size, task=Path(path).name
-        )
-        names = encoder_names(checkpoint, encoder_prefix(checkpoint.config))
+        said = json.loads(reading)
+        kind = kind_of(said["kind"])
+        model = kind.build(checkpoint.config, checkpoint.tokenizer_folder, said, batch_size, Path(path).name)
+        names = encoder_names(checkpoint, kind.architecture.prefix(checkpoint.config))
         state = {name: checkpoint.tensor(names[name]) for name in model.encoder_names() if name in names}
         model.load_encoder(state)
         return model

@@ -250,7 +250,7 @@ class _Step:
         self, batch: Batch, arguments: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None
     ) -> None:
         self.batch = batch
-        self.mask = batch["attention_mask"]
+        self.mask = batch.get("attention_mask")
         self.arguments = arguments
         self.keywords = dict(keywords or {})
         self.expert = self.merged = torch.empty(0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from bmm.kinds.settings import DEFAULT_KIND
 from bmm.report import findings
 from bmm.report.findings import Document
 from bmm.report.page import SOURCE_KEYS, environment, known, recipe_yaml, task_rows
@@ -30,6 +31,8 @@ def model_card(document: Document) -> str:
         "warnings": findings.warnings(document),
         "folder": FOLDER_PLACEHOLDER,
         "task": ascii(experts[0]["name"]) if experts else "''",
+        # How to load a model of one kind, shown for the first expert.
+        "kind": str(experts[0]["task"] or DEFAULT_KIND) if experts else DEFAULT_KIND,
         "rows": task_rows(document, "test"),
         "shares": {role: findings.share(document, role) for role in ("base", "anchor", "merged")},
         "confidence": findings.confidence(document),

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
-from bmm.errors import CheckpointError
-from bmm.evaluation.data import check_disjoint, load_split
+from bmm.evaluation.data import check_disjoint
 from bmm.evaluation.model import TaskModel
+from bmm.kinds.interface import Kind
+from bmm.kinds.registry import kind_of
+from bmm.kinds.settings import Task
 from bmm.modules.linear import discover
 from bmm.prediction import build_model
 from bmm.progress import progress
-from bmm.recipe import TextClassification
 from bmm.sources import Expert, Model
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import expert_from_json, open_all
 from bmm.store import Draft
-
-_PROBE_TOKENS = 8
 
 
 def load_experts(work: Work, request: Request) -> dict[str, Any]:
@@ -39,14 +39,15 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
         checkpoints = open_all(stack, experts)
 
         def make_layout(draft: Draft) -> None:
-            layout = compare(base_checkpoint, checkpoints)
+            architectures = {expert.name: kind_of(expert.task["kind"]).architecture for expert in experts}
+            layout = compare(base_checkpoint, checkpoints, architectures)
             draft.write_json("layout.json", layout.to_json())
             draft.write_json("base.json", {"license": base_checkpoint.license})
             first = experts[0]
-            model = build_model(checkpoints[first.name], first.name, first.task["max_length"], 1)
-            draft.write_json("modules.json", _modules(model))
+            model = build_model(checkpoints[first.name], first, 1)
+            draft.write_json("modules.json", _modules(kind_of(first.task["kind"]), model))
 
-        digests = {expert.name: expert.model.digest for expert in experts}
+        digests = {expert.name: [expert.model.digest, expert.task["kind"]] for expert in experts}
         layout = work.obtain("layout", {"base": base.digest, "experts": digests}, make_layout)
         references = {}
         with progress("reading rows", len(experts)) as bar:
@@ -59,20 +60,24 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
 def _expert_artefact(
     work: Work, expert: Expert, source: Mapping[str, Any], request: Request, checkpoint: Checkpoint
 ) -> dict[str, str]:
-    task = TextClassification.model_validate(source)
+    task = TypeAdapter[Any](Task).validate_python(source)
+    kind = kind_of(task.kind)
 
     def make(draft: Draft) -> None:
-        labels = class_names(checkpoint)
+        labels = kind.labels(checkpoint)
         splits = {
-            name: load_split(split, task, labels, Path(request.where["folder"]), f"the expert {expert.name}, {name}")
+            name: kind.load_split(
+                split, task, labels, Path(request.where["folder"]), f"the expert {expert.name}, {name}"
+            )
             for name, split in task.splits().items()
         }
         check_disjoint(f"the expert {expert.name}", splits)
         for name, split in splits.items():
-            (draft.path / f"{name}.jsonl").write_text(split.to_jsonl(), encoding="utf-8")
+            kind.write_split(split, draft.path, name)
         draft.write_json(
             "expert.json",
             {
+                "kind": kind.name,
                 "labels": list(labels),
                 "license": checkpoint.license,
                 "trained_on": checkpoint.trained_on,
@@ -84,28 +89,8 @@ def _expert_artefact(
     return work.obtain("expert", inputs, make).to_json()
 
 
-def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return an expert's class names in the order of their ids.
-
-    Raises:
-        CheckpointError: the ids in config.json are not 0, 1, 2, …
-    """
-    config = checkpoint.config
-    named = config.get("id2label") or {str(index): f"LABEL_{index}" for index in range(config.get("num_labels") or 2)}
-    try:
-        names = {int(index): str(name) for index, name in named.items()}
-    except (AttributeError, ValueError):
-        names = {}
-    if sorted(names) != list(range(len(names))) or not names:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: id2label must name the classes 0, 1, 2, …; correct it"
-        )
-    return tuple(names[index] for index in range(len(names)))
-
-
-def _modules(model: TaskModel) -> dict[str, Any]:
-    tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
-    maps = discover(model.encoder, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+def _modules(kind: Kind, model: TaskModel) -> dict[str, Any]:
+    maps = discover(model.encoder, kind.probe(model))
     embeddings = [
         f"{name}.weight" for name, module in model.encoder.named_modules() if isinstance(module, torch.nn.Embedding)
     ]

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from bmm.anchors.settings import FisherSettings
 from bmm.evaluation.fisher import diagonal_fisher
+from bmm.kinds.settings import reading
 from bmm.prediction import build_model, head_tensors, read_split
 from bmm.progress import progress
 from bmm.stages.request import Request, Work
@@ -38,7 +39,7 @@ def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: Fishe
                 expert = setup.experts[index]
                 split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
                 with expert.model.open() as checkpoint:
-                    model = build_model(checkpoint, expert.name, expert.task["max_length"], 1)
+                    model = build_model(checkpoint, expert, 1)
                     model.load_head(head_tensors(checkpoint, setup.layout, expert.name))
                 model.load_encoder({name: weights.expert(index, name) for name in names})
                 with progress(f"Fisher information of {expert.name}", len(split.rows)) as bar:
@@ -49,7 +50,7 @@ def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: Fishe
                 save_file(tensors, draft.path / "fisher.safetensors")
 
             inputs = {"expert": expert.model.digest, "calibration": split.digest, "parameters": floating}
-            said: dict[str, Any] = {"max_length": expert.task["max_length"], "labels": settings.labels}
+            said: dict[str, Any] = {"reading": reading(expert.task), "labels": settings.labels}
             if settings.labels == "sampled":
                 said["seed"] = settings.seed
             references.append(work.obtain("fisher", inputs, make, settings=said))

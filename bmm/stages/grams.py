@@ -14,6 +14,7 @@ from typing import Any
 from bmm.grams import store as gram_store
 from bmm.grams.cluster import run_all, workers
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
+from bmm.kinds.settings import reading
 from bmm.prediction import read_split
 from bmm.progress import progress
 from bmm.recipe import ClusterSettings
@@ -49,7 +50,7 @@ def plan_job(
         split_digest=split.digest,
         start=0,
         stop=len(split.rows),
-        max_length=expert.task["max_length"],
+        reading=reading(expert.task),
         batch_size=batch_size,
         groups=tuple(groups),
         store=str(work.store.root),
@@ -60,7 +61,7 @@ def plan_job(
     inputs = {"expert": expert.model.digest, "calibration": split.digest}
     settings = {
         "source": "activations",
-        "max_length": whole.max_length,
+        "reading": dict(whole.reading),
         "shard_rows": shard_rows,
         "batch_size": batch_size,
         "groups": list(groups),

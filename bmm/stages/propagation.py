@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from bmm.assembly import with_bias
 from bmm.evaluation.model import TaskModel
+from bmm.kinds.settings import reading
 from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
 from bmm.progress import progress
 from bmm.regression.propagate import Moments, Unit, Walk, units_of
@@ -45,7 +46,7 @@ def walk_moments(
     settings = {
         "lambda": lam,
         "batch_size": request.settings["batch_size"],
-        "max_length": [expert.task["max_length"] for expert in setup.experts],
+        "reading": [reading(expert.task) for expert in setup.experts],
     }
     walk = _Walker(work, request, setup, weights, anchored)
     place: dict[str, Artefact] = {}
@@ -149,12 +150,10 @@ class _Walker:
         batches = []
         for source in self._setup.experts:
             with source.model.open() as checkpoint:
-                model = build_model(
-                    checkpoint, source.name, source.task["max_length"], self._request.settings["batch_size"]
-                )
+                model = build_model(checkpoint, source, self._request.settings["batch_size"])
                 config: Mapping[str, Any] = checkpoint.config
             rows = read_split(self._data(source.name), "calibration").rows
-            batches.append(list(model.batches(model.tokenise(rows))))
+            batches.append(list(model.batches(model.prepare(rows))))
         return Walk(
             merged.encoder, expert.encoder, load_expert, batches, self._setup.regressed, str(config["model_type"])
         )
@@ -162,7 +161,7 @@ class _Walker:
     def _model(self, state: Mapping[str, torch.Tensor]) -> TaskModel:
         first = self._setup.experts[0]
         with first.model.open() as checkpoint:
-            model = build_model(checkpoint, first.name, first.task["max_length"], 1)
+            model = build_model(checkpoint, first, 1)
             # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
             model.load_head(head_tensors(checkpoint, self._setup.layout, first.name))
         model.load_encoder(state)

@@ -1,7 +1,8 @@
 """Stage 7, publish: the merged model as an ordinary Hugging Face folder, inside the store.
 
-Weights, configuration, tokenizer and one head a task. Putting it where the user wants it, with the card and the
-report, is `bmm.publication`: that is an effect on somebody's disk and happens on every run.
+Weights, configuration, what reads the rows (tokenizer, image processor) and one head a task. Putting it where the user
+wants it, with the card and the report, is `bmm.publication`: that is an effect on somebody's disk and happens on
+every run.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
             architecture = work.read(request.inputs["layout"]).read_json("modules.json")["architecture"]
             dtype = request.settings["dtype"]
             draft.write_json("config.json", _config(base.config, architecture, dtype))
-            _copy_tokenizer(base, setup.experts[0].model, draft.path)
+            _copy_support(base, setup.experts[0].model, draft.path)
             (draft.path / "heads").mkdir()
             for expert in setup.experts:
                 checkpoint = stack.enter_context(expert.model.open())
@@ -60,12 +61,16 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
     merged = StoredWeights(work.read(Reference.from_json(request.inputs["search"])))
     wanted = DTYPES[request.settings["dtype"]]
     dtypes = published_dtypes(setup, wanted)
-    shapes = {parameter.name: parameter.shape for parameter in setup.layout.shared}
-    infos = [TensorInfo(name, shape, dtype_name(dtypes[name])) for name, shape in shapes.items()]
+    prefix = f"{setup.layout.prefix}."
+    # As the base's own file calls them, which is what every version of transformers reads.
+    shared = {parameter.base_key.removeprefix(prefix): parameter for parameter in setup.layout.shared}
+    infos = [
+        TensorInfo(name, parameter.shape, dtype_name(dtypes[parameter.name])) for name, parameter in shared.items()
+    ]
     # An encoder weight that no expert has (a pooler that their heads do without) stays the base's.
     unused = {
-        name: key
-        for name, key in encoder_names(base, setup.layout.prefix).items()
+        key.removeprefix(prefix): key
+        for key in encoder_names(base, setup.layout.prefix).values()
         if key in setup.layout.dropped and base.info(key).is_float
     }
     infos += [TensorInfo(name, base.info(key).shape, wanted or base.info(key).dtype) for name, key in unused.items()]
@@ -73,7 +78,7 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
     written = {info.name: torch_dtype(info.dtype) for info in infos}
 
     def get(name: str) -> Tensor:
-        return base.tensor(unused[name]).to(written[name]) if name in unused else merged(name)
+        return base.tensor(unused[name]).to(written[name]) if name in unused else merged(shared[name].name)
 
     write_weights(folder, infos, get, parse_bytes(request.settings["max_shard_size"]))
 
@@ -86,8 +91,8 @@ def _config(config: dict[str, Any], architecture: str, dtype: str) -> dict[str, 
     return {**kept, "architectures": [architecture]}
 
 
-def _copy_tokenizer(base: Checkpoint, fallback: Model, folder: Path) -> None:
-    """Copy the base's tokenizer; where it has none, the first expert's."""
+def _copy_support(base: Checkpoint, fallback: Model, folder: Path) -> None:
+    """Copy the base's tokenizer or image processor; where it has none, the first expert's."""
     files = base.tokenizer_files
     if not files:
         with fallback.open() as expert:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
@@ -17,7 +18,9 @@ QUERY = "encoder.layer.0.attention.self.query.weight"
 def opened(pico: Path) -> ExpertWeights:
     base = Checkpoint.open(pico / "base")
     experts = {name: Checkpoint.open(pico / "experts" / name) for name in ("task1", "task0")}
-    return ExpertWeights(base, experts, compare(base, experts), [QUERY])
+    classifier = Architecture("AutoModelForSequenceClassification", "text classifier")
+    layout = compare(base, experts, dict.fromkeys(experts, classifier))
+    return ExpertWeights(base, experts, layout, [QUERY])
 
 
 def test_tensors_come_by_canonical_name_and_experts_in_the_order_given(pico: Path) -> None:

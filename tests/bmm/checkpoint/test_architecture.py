@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
 
-from bmm.checkpoint.architecture import encoder_names, encoder_prefix, missing_parameters
+from bmm.checkpoint.architecture import Architecture, encoder_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
 
+CLASSIFIER = Architecture("AutoModelForSequenceClassification", "text classifier")
 PICO = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -36,8 +37,8 @@ def test_a_saved_classifier_has_its_prefix_and_lacks_nothing(model_type: str, tm
     config = CONFIG_MAPPING[model_type](**{**({} if settings else PICO), "vocab_size": 100, **settings})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    assert encoder_prefix(checkpoint.config) == prefix
-    assert missing_parameters(checkpoint) == []
+    assert CLASSIFIER.prefix(checkpoint.config) == prefix
+    assert CLASSIFIER.missing(checkpoint) == []
     encoder = encoder_names(checkpoint, prefix)
     assert all(stored == f"{prefix}.{name}" for name, stored in encoder.items())
     assert 0 < len(encoder) < len(checkpoint.names())
@@ -49,7 +50,7 @@ def test_a_saved_classifier_has_its_prefix_and_lacks_nothing(model_type: str, tm
 )
 def test_an_architecture_without_a_classifier_is_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
-        encoder_prefix(config)
+        CLASSIFIER.prefix(config)
 
 
 def test_what_the_file_lacks_is_listed_and_no_random_number_is_drawn(save, edit_weights) -> None:
@@ -57,12 +58,12 @@ def test_what_the_file_lacks_is_listed_and_no_random_number_is_drawn(save, edit_
     lost = ["bert.encoder.layer.1.output.dense.bias", "bert.pooler.dense.weight", "classifier.weight"]
     edit_weights(folder, lambda tensors: [tensors.pop(name) for name in lost])
     before = torch.get_rng_state()
-    assert missing_parameters(Checkpoint.open(folder)) == lost
+    assert CLASSIFIER.missing(Checkpoint.open(folder)) == lost
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_bare_encoder_lacks_the_head(save) -> None:
-    assert missing_parameters(Checkpoint.open(save("m", "encoder"))) == [
+    assert CLASSIFIER.missing(Checkpoint.open(save("m", "encoder"))) == [
         "classifier.bias",
         "classifier.weight",
     ]
@@ -72,4 +73,4 @@ def test_an_impossible_config_is_refused(save, edit_json) -> None:
     folder = save("m")
     edit_json(folder / "config.json", lambda value: value.update(num_attention_heads=3))
     with pytest.raises(CheckpointError, match=r"config\.json does not describe a model"):
-        missing_parameters(Checkpoint.open(folder))
+        CLASSIFIER.missing(Checkpoint.open(folder))

@@ -7,13 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.layout import Layout, compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
 
+CLASSIFIER = Architecture("AutoModelForSequenceClassification", "text classifier")
+
 
 def layout(base: Path, **experts: Path) -> Layout:
-    return compare(Checkpoint.open(base), {name: Checkpoint.open(folder) for name, folder in experts.items()})
+    opened = {name: Checkpoint.open(folder) for name, folder in experts.items()}
+    return compare(Checkpoint.open(base), opened, dict.fromkeys(experts, CLASSIFIER))
 
 
 def refused(base: Path, *words: str, **experts: Path) -> None:

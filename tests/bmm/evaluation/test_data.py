@@ -16,9 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import ArtefactDamagedError, DataError
-from bmm.evaluation.data import Row, Split, check_disjoint, load_split, source_files
-from bmm.recipe import SplitSource, TextClassification
+from bmm.evaluation.data import Split, check_disjoint, source_files
+from bmm.kinds.settings import SplitSource, TextClassification
+from bmm.kinds.text_classification import TextClassificationKind
+from bmm.kinds.texts import TextRow as Row
 
+KIND = TextClassificationKind()
 LABELS = ["bad", "good"]
 EXAMPLES = [{"text": f"text number {i}", "label": i % 2} for i in range(10)]
 
@@ -36,7 +39,7 @@ def task_of(**columns: str) -> TextClassification:
 
 
 def load(folder: Path, labels: list[str] = LABELS, *, task: TextClassification | None = None, **source: Any) -> Split:
-    return load_split(SplitSource(**source), task or task_of(), labels, folder, "expert reviews, test")
+    return KIND.load_split(SplitSource(**source), task or task_of(), labels, folder, "expert reviews, test")
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_json_lines_round_trip_is_exact(rows: list[Row]) -> None:
     text = split.to_jsonl()
     assert text.count("\n") == len(rows)
     assert len(text.splitlines()) == len(rows)
-    back = Split.from_jsonl("any", text)
+    back = Split.from_jsonl("any", text, KIND.row)
     assert back == split
     assert back.digest == split.digest
 
@@ -62,14 +65,14 @@ def test_json_lines_round_trip_is_exact(rows: list[Row]) -> None:
 )
 def test_json_lines_keep_odd_characters(odd: str) -> None:
     split = Split("any", (Row(odd, odd[::-1], 0), Row("after", None, 1)))
-    assert Split.from_jsonl("any", split.to_jsonl()) == split
+    assert Split.from_jsonl("any", split.to_jsonl(), KIND.row) == split
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"text": "a", "label": 1}', ""])
 def test_a_damaged_line_is_named(line: str) -> None:
     good = Split("any", (Row("a", None, 0),)).to_jsonl()
     with pytest.raises(ArtefactDamagedError, match="the rows of reviews: line 2"):
-        Split.from_jsonl("reviews", good + line + "\n" + good)
+        Split.from_jsonl("reviews", good + line + "\n" + good, KIND.row)
 
 
 def test_digests_know_what_makes_rows_and_splits_the_same() -> None:
@@ -81,7 +84,6 @@ def test_digests_know_what_makes_rows_and_splits_the_same() -> None:
     assert not set(split.row_digests) & set(other_pair.row_digests)
     assert Split("renamed", split.rows).digest == split.digest
     assert Split("turned", split.rows[::-1]).digest != split.digest
-    assert split.labels() == [0, 1]
 
 
 def expected(examples: list[dict[str, Any]]) -> tuple[Row, ...]:
@@ -281,7 +283,7 @@ def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"path": "json", "data_files": "mixed.jsonl"}, "row 2 has the label 'ugly'"),
         (
             {"path": "here"},
-            "is not a data set written by save_to_disk; set `path` to one of json, csv, parquet, text",
+            "is not a data set written by save_to_disk; set `path` to one of json, csv, parquet, text, imagefolder",
         ),
         ({"path": "pandas", "data_files": "reviews.jsonl"}, "`path` is 'pandas', which is neither one of"),
         ({"path": "./not/there"}, "`path` is './not/there', which is neither one of"),

@@ -13,9 +13,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bmm.evaluation.data import Row
 from bmm.evaluation.fisher import Labels, diagonal_fisher
 from bmm.evaluation.model import TaskModel
+from bmm.kinds.text_classification import TextClassificationKind
+from bmm.kinds.texts import TextRow as Row
 
 ROWS = [Row(" ".join(f"w{(7 * i + j) % 60}" for j in range(1 + i % 5)), None, i % 3) for i in range(7)]
 Pico = Callable[..., Path]
@@ -36,7 +37,7 @@ class Count:
 
 def loaded(folder: Path) -> TaskModel:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    model = TaskModel.build(config, folder, 16, 4, task="reviews")
+    model = TextClassificationKind().build(config, folder, {"max_length": 16}, 4, "reviews")
     stored = load_file(folder / "model.safetensors")
     prefix = f"{config['model_type']}."
     model.load_head({key: tensor for key, tensor in stored.items() if not key.startswith(prefix)})

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bmm.errors import BMMError, CheckpointError, DataError
-from bmm.evaluation.data import Row
 from bmm.evaluation.model import TaskModel
+from bmm.kinds.text_classification import TextClassificationKind
+from bmm.kinds.texts import TextRow as Row
 
 FAMILIES = ["bert", "roberta", "distilbert"]
 ROWS = [Row(" ".join(f"w{(7 * i + j) % 60}" for j in range(1 + i % 9)), None, i % 3) for i in range(11)]
@@ -40,8 +41,12 @@ def parts_of(folder: Path, travelling: str = "//") -> tuple[dict[str, Tensor], d
     return head, encoder
 
 
+def build(config: dict[str, Any], folder: Path, max_length: int, batch_size: int) -> TaskModel:
+    return TextClassificationKind().build(config, folder, {"max_length": max_length}, batch_size, "reviews")
+
+
 def built(folder: Path, *, batch_size: int = 4, max_length: int = 16, **changes: Any) -> TaskModel:
-    return TaskModel.build(config_of(folder) | changes, folder, max_length, batch_size, task="reviews")
+    return build(config_of(folder) | changes, folder, max_length, batch_size)
 
 
 def loaded(folder: Path, travelling: str = "//", **options: Any) -> TaskModel:
@@ -57,7 +62,7 @@ def test_logits_equal_those_of_from_pretrained_bit_for_bit(pico: Pico, family: s
     folder = pico(family)
     model = loaded(folder)
     reference = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenised = model.tokenise(ROWS)
+    tokenised = model.prepare(ROWS)
     logits = model.logits(tokenised)
     assert logits.dtype == torch.float32
     assert logits.shape == (len(ROWS), 3)
@@ -74,8 +79,8 @@ def test_logits_equal_those_of_from_pretrained_bit_for_bit(pico: Pico, family: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_alone_and_in_a_batch_agree(pico: Pico, family: str) -> None:
     model = loaded(pico(family), batch_size=len(ROWS))
-    together = model.logits(model.tokenise(ROWS))
-    alone = torch.cat([model.logits(model.tokenise([row])) for row in ROWS])
+    together = model.logits(model.prepare(ROWS))
+    alone = torch.cat([model.logits(model.prepare([row])) for row in ROWS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
 
@@ -83,7 +88,7 @@ def test_a_row_alone_and_in_a_batch_agree(pico: Pico, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs_run_in_every_family(pico: Pico, family: str) -> None:
     model = loaded(pico(family))
-    tokenised = model.tokenise([Row("w1 w2", "w3", 0), Row("w1", "w2 w3", 0)])
+    tokenised = model.prepare([Row("w1 w2", "w3", 0), Row("w1", "w2 w3", 0)])
     assert ("token_type_ids" in tokenised.columns) == (family == "bert")
     first, second = model.logits(tokenised)
     assert not torch.allclose(first, second, atol=1e-4)
@@ -108,7 +113,7 @@ def test_configurations_as_they_are_found(pico: Pico) -> None:
         "_name_or_path": "nowhere",
     }
     plain, strange = loaded(folder), loaded(folder, **odd)
-    tokenised = plain.tokenise(ROWS)
+    tokenised = plain.prepare(ROWS)
     assert torch.equal(plain.logits(tokenised), strange.logits(tokenised))
 
 
@@ -120,7 +125,7 @@ def test_other_dtypes_are_cast(pico: Pico) -> None:
     model.load_encoder({name: tensor.double() for name, tensor in encoder.items()})
     assert {tensor.dtype for tensor in model.module.parameters()} == {torch.float32}
     assert torch.equal(model.module.classifier.weight, head["classifier.weight"].bfloat16().float())
-    assert torch.isfinite(model.logits(model.tokenise(ROWS))).all()
+    assert torch.isfinite(model.logits(model.prepare(ROWS))).all()
 
 
 def test_progress_counts_rows(pico: Pico) -> None:
@@ -134,22 +139,22 @@ def test_progress_counts_rows(pico: Pico) -> None:
             raise AssertionError(text)
 
     model = loaded(pico())
-    model.logits(model.tokenise(ROWS), Counting())
+    model.logits(model.prepare(ROWS), Counting())
     assert Counting.steps == [4, 4, 3]
 
 
 def test_no_rows_give_no_logits(pico: Pico) -> None:
     model = loaded(pico())
-    assert model.logits(model.tokenise([])).shape == (0, 3)
+    assert model.logits(model.prepare([])).shape == (0, 3)
 
 
 def test_names_computed_by_the_model_are_passed_over(pico: Pico) -> None:
     folder = pico()
     model = loaded(folder)
     _, encoder = parts_of(folder)
-    expected = model.logits(model.tokenise(ROWS))
+    expected = model.logits(model.prepare(ROWS))
     model.load_encoder({**encoder, "embeddings.position_ids": torch.zeros(1, 512, dtype=torch.int64)})
-    assert torch.equal(model.logits(model.tokenise(ROWS)), expected)
+    assert torch.equal(model.logits(model.prepare(ROWS)), expected)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +176,12 @@ def test_wrong_encoders_are_named_and_change_nothing(
 ) -> None:
     folder = pico()
     model = loaded(folder)
-    before = model.logits(model.tokenise(ROWS))
+    before = model.logits(model.prepare(ROWS))
     state = {name: tensor + 1 for name, tensor in parts_of(folder)[1].items()}
     change(state)
     with pytest.raises(BMMError, match=f"the encoder of reviews {message}"):
         model.load_encoder(state)
-    assert torch.equal(model.logits(model.tokenise(ROWS)), before)
+    assert torch.equal(model.logits(model.prepare(ROWS)), before)
 
 
 @pytest.mark.parametrize(
@@ -201,22 +206,22 @@ def test_models_without_weights_do_not_answer(pico: Pico) -> None:
     head, encoder = parts_of(folder, "pooler")
     model = built(folder)
     with pytest.raises(BMMError, match="the model of reviews has no weights yet"):
-        model.logits(model.tokenise(ROWS))
+        model.logits(model.prepare(ROWS))
     model.load_head(head)
     with pytest.raises(BMMError, match="no weights yet"):
-        model.logits(model.tokenise(ROWS))
+        model.logits(model.prepare(ROWS))
     model.load_encoder(encoder)
-    assert torch.isfinite(model.logits(model.tokenise(ROWS))).all()
+    assert torch.isfinite(model.logits(model.prepare(ROWS))).all()
     model.load_head(parts_of(folder)[0])
     with pytest.raises(BMMError, match="no weights yet"):
-        model.logits(model.tokenise(ROWS))
+        model.logits(model.prepare(ROWS))
 
 
 def test_encoder_weights_that_travel_with_the_head(pico: Pico) -> None:
     folder = pico()
     model = loaded(folder, "pooler")
     assert not any(name.startswith("pooler") for name in model.encoder_names())
-    assert torch.equal(model.logits(model.tokenise(ROWS)), loaded(folder).logits(model.tokenise(ROWS)))
+    assert torch.equal(model.logits(model.prepare(ROWS)), loaded(folder).logits(model.prepare(ROWS)))
     with pytest.raises(BMMError, match=r"is given pooler.dense.bias, which it does not have"):
         model.load_encoder(parts_of(folder)[1])
 
@@ -224,7 +229,7 @@ def test_encoder_weights_that_travel_with_the_head(pico: Pico) -> None:
 def test_one_encoder_serves_several_heads(pico: Pico) -> None:
     folders = [pico(seed=0, num_labels=3), pico(seed=1, num_labels=5), pico(seed=2, num_labels=2)]
     models = [loaded(folder, "pooler") for folder in folders]
-    tokenised = models[0].tokenise(ROWS)
+    tokenised = models[0].prepare(ROWS)
     own = [model.logits(tokenised) for model in models]
     for model in models[1:]:
         model.share_encoder(models[0])
@@ -259,13 +264,13 @@ def test_logits_that_are_not_finite(pico: Pico) -> None:
     encoder["encoder.layer.0.output.dense.bias"][3] = float("nan")
     model.load_encoder(encoder)
     with pytest.raises(FloatingPointError, match="the logits of reviews are not finite"):
-        model.logits(model.tokenise(ROWS))
+        model.logits(model.prepare(ROWS))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "does not describe a text classifier that transformers has: it has no model_type"),
+        ({}, "does not describe a model that transformers has as a text classifier: it has no model_type"),
         ({"model_type": "no-such"}, "Unrecognized model identifier: no-such"),
         ({"model_type": "clip_vision_model"}, "Unrecognized configuration class"),
         ({"model_type": "bert", "hidden_size": "wide"}, "hidden_size"),
@@ -275,27 +280,27 @@ def test_configurations_of_something_else(
     tokenizer_folder: Callable[..., Path], config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=f"the config.json of reviews .*{message}") as caught:
-        TaskModel.build(config, tokenizer_folder(), 16, 4, task="reviews")
+        build(config, tokenizer_folder(), 16, 4)
     assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(pico: Pico) -> None:
     model = built(pico(vocab_size=20))
-    assert len(model.tokenise([Row("w0 w1", None, 0)])) == 1
+    assert len(model.prepare([Row("w0 w1", None, 0)])) == 1
     with pytest.raises(CheckpointError, match=r"gives the token 63, but the model has only 20 tokens"):
-        model.tokenise([Row("w0 w59", None, 0)])
+        model.prepare([Row("w0 w59", None, 0)])
 
 
 @pytest.mark.parametrize(("family", "positions"), [("bert", 48), ("roberta", 47), ("distilbert", 48)])
 def test_rows_longer_than_the_positions(pico: Pico, family: str, positions: int) -> None:
     model = loaded(pico(family), max_length=64)
     fitting = Row(" ".join(["w1"] * (positions - 2)), None, 0)
-    assert torch.isfinite(model.logits(model.tokenise([fitting]))).all()
+    assert torch.isfinite(model.logits(model.prepare([fitting]))).all()
     with pytest.raises(DataError, match=f"but the model has {positions} positions; set task.max_length to at most"):
-        model.tokenise([Row(fitting.text + " w1", None, 0)])
+        model.prepare([Row(fitting.text + " w1", None, 0)])
 
 
 def test_a_text_without_tokens(pico: Pico, tokenizer_folder: Callable[..., Path]) -> None:
-    model = TaskModel.build(config_of(pico()), tokenizer_folder(frame=False), 16, 4, task="reviews")
+    model = build(config_of(pico()), tokenizer_folder(frame=False), 16, 4)
     with pytest.raises(DataError, match="makes no token of the text"):
-        model.tokenise([Row("w1", None, 0), Row("\u3000", None, 0)])
+        model.prepare([Row("w1", None, 0), Row("\u3000", None, 0)])

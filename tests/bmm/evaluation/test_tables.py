@@ -9,7 +9,7 @@ import pytest
 
 from bmm.errors import DataError
 from bmm.evaluation.tables import data_files, opened, saved_folder, shown
-from bmm.recipe import SplitSource
+from bmm.kinds.settings import SplitSource
 
 
 def test_compressed_files_are_read(tmp_path: Path) -> None:

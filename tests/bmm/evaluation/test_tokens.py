@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import CheckpointError
-from bmm.evaluation.data import Row
-from bmm.evaluation.tokens import TokenisedRows, batches, load_tokenizer, tokenised_rows
+from bmm.evaluation.tokens import TokenisedRows, load_tokenizer, tokenised_rows
+from bmm.kinds.texts import TextRow as Row
 
 PADDING = {"input_ids": 9, "attention_mask": 0, "token_type_ids": 0}
 
@@ -29,7 +29,7 @@ def test_batches_hold_every_row_once_with_least_padding(lengths: list[int], size
     assert sorted(tokenised.order) == list(range(len(lengths)))
     seen = []
     widths = []
-    for batch in batches(tokenised, size):
+    for batch in tokenised.batches(size):
         assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
         assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
         widths.append(batch["input_ids"].shape[1])

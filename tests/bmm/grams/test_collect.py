@@ -11,10 +11,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import BMMError
-from bmm.evaluation.data import Row
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
-from bmm.prediction import build_model
+from bmm.kinds.text_classification import TextClassificationKind
+from bmm.kinds.texts import TextRow as Row
 
 TEXTS = [" ".join(f"w{(index * step) % 60}" for step in range(1, 3 + index % 9)) for index in range(21)]
 QUERY, OUT = "encoder.layer.0.attention.self.query", "encoder.layer.1.attention.output.dense"
@@ -23,7 +23,9 @@ GROUPS = [QUERY, OUT, "encoder.layer.1.intermediate.dense", "encoder.layer.1.out
 
 def loaded(expert: Path, batch_size: int) -> TaskModel:
     with Checkpoint.open(expert) as checkpoint:
-        model = build_model(checkpoint, "task0", 16, batch_size)
+        model = TextClassificationKind().build(
+            checkpoint.config, checkpoint.path, {"max_length": 16}, batch_size, "task0"
+        )
         names = encoder_names(checkpoint, "bert")
         model.load_encoder({name: checkpoint.tensor(names[name]) for name in model.encoder_names()})
     return model
@@ -31,7 +33,7 @@ def loaded(expert: Path, batch_size: int) -> TaskModel:
 
 def sums(expert: Path, batch_size: int) -> dict[str, GramSum]:
     model = loaded(expert, batch_size)
-    rows = model.tokenise([Row(text, None, 0) for text in TEXTS])
+    rows = model.prepare([Row(text, None, 0) for text in TEXTS])
     return collect(model.encoder, model.batches(rows), GROUPS)
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import CheckpointError
-from bmm.evaluation.data import Row, Split
+from bmm.evaluation.data import Split
 from bmm.grams.collect import GramSum
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
+from bmm.kinds.texts import TextRow as Row
 from bmm.sources import fingerprint_model
 from bmm.store import Draft, Reference, Store
 
@@ -27,6 +28,9 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+READING = {"kind": "text-classification", "max_length": 16}
+
+
 @pytest.fixture(scope="module")
 def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardRequest:
     """All rows of one expert as one shard, in a store of its own."""
@@ -35,6 +39,7 @@ def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardR
 
     def make(draft: Draft) -> None:
         (draft.path / "calibration.jsonl").write_text(split.to_jsonl())
+        draft.write_json("expert.json", {"kind": "text-classification"})
 
     data, _ = store.obtain("expert", "0" * 64, make)
     expert = fingerprint_model("experts/task0", pico_source, "the expert")
@@ -43,7 +48,7 @@ def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardR
         split_digest=split.digest,
         start=0,
         stop=len(TEXTS),
-        max_length=16,
+        reading=READING,
         batch_size=4,
         groups=GROUPS,
         store=str(store.root),
@@ -85,7 +90,12 @@ def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp
     assert (folder / "sums.safetensors").stat().st_ino == inode
     elsewhere = Store(tmp_path / "other")
     rows = Store(Path(whole.store)).read(Reference.from_json(whole.data)).file("calibration.jsonl").read_text()
-    data, _ = elsewhere.obtain("expert", "1" * 64, lambda draft: (draft.path / "calibration.jsonl").write_text(rows))  # type: ignore[arg-type,return-value]
+
+    def copy(draft: Draft) -> None:
+        (draft.path / "calibration.jsonl").write_text(rows)
+        draft.write_json("expert.json", {"kind": "text-classification"})
+
+    data, _ = elsewhere.obtain("expert", "1" * 64, copy)
     again = compute_shard(vars(replace(request, store=str(elsewhere.root), data=data.to_json())))
     assert again == first
 
@@ -106,7 +116,7 @@ def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: S
         "split_digest": "x",
         "start": 1,
         "stop": 2,
-        "max_length": 8,
+        "reading": {**READING, "max_length": 8},
         "batch_size": 5,
         "groups": GROUPS[:1],
     }

@@ -1,0 +1,79 @@
+"""Image classification: an image a row, one class out of a fixed set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from bmm.checkpoint.architecture import Architecture
+from bmm.evaluation.data import Split, read_columns
+from bmm.evaluation.labels import label_ids
+from bmm.evaluation.metrics import correct_rows
+from bmm.evaluation.model import TaskModel, build_module
+from bmm.kinds.images import ImageReader, ImageRow, decoded_images, read_images, write_images
+from bmm.kinds.interface import Kind
+from bmm.kinds.settings import ImageClassification, SplitSource
+
+
+class ImageClassificationKind(Kind):
+    """`AutoModelForImageClassification` with an image processor."""
+
+    name = "image-classification"
+    architecture = Architecture("AutoModelForImageClassification", "image classifier")
+
+    @override
+    def load_split(
+        self, source: SplitSource, task: ImageClassification, labels: Sequence[str], folder: Path, where: str
+    ) -> Split:
+        """Read one split: images, checked, and their class ids."""
+        columns = read_columns(source, {"image": task.image, "label": task.label}, folder, where)
+        ids = label_ids(
+            columns.values["label"],
+            labels,
+            columns.spot,
+            numbers=columns.numbers,
+            feature=getattr(columns.features["label"], "names", None),
+        )
+        return Split(where, decoded_images(columns, ids, folder))
+
+    @override
+    def row(self, value: dict[str, Any]) -> ImageRow:
+        """Make a row, still without its image, of its document."""
+        return ImageRow(pixels=value["image"], label=value["label"])
+
+    @override
+    def write_split(self, split: Split, folder: Path, name: str) -> None:
+        """Write rows and, each once, the bytes of their images."""
+        super().write_split(split, folder, name)
+        write_images(split, folder / f"{name}.safetensors")
+
+    @override
+    def read_split(self, folder: Path, name: str) -> Split:
+        """Read rows with their images."""
+        return read_images(super().read_split(folder, name), folder / f"{name}.safetensors")
+
+    @override
+    def build(
+        self, config: Mapping[str, Any], folder: Path, reading: Mapping[str, Any], batch_size: int, task: str
+    ) -> TaskModel:
+        """Build a classifier with its image processor."""
+        module = build_module(config, self.architecture, task)
+        reader = ImageReader(folder, module.config, task)
+        return TaskModel(task, module, self.architecture.prefix(dict(config)), batch_size, reader)
+
+    @override
+    def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
+        """Return two grey images of the size that the image processor makes."""
+        grey = ImageRow.grey()
+        return next(model.batches(model.prepare([grey, grey])))
+
+    @override
+    def correct(self, rows: Sequence[ImageRow], answers: torch.Tensor) -> NDArray[np.bool_]:
+        """Say where the largest logit is the label's."""
+        return correct_rows(answers, [row.label for row in rows])

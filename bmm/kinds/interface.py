@@ -1,0 +1,118 @@
+"""What a kind of task has to say of itself; each kind is a module of its own beside this one.
+
+Every stage goes through here and knows nothing else of a kind: where the encoder is in its checkpoints, how rows are
+read and kept, how a model reads them, and what of the answers is right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bmm.checkpoint.architecture import Architecture
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError
+from bmm.evaluation.data import Row, Split
+from bmm.evaluation.model import TaskModel
+from bmm.kinds.settings import SplitSource
+
+
+class Kind(ABC):
+    """One kind of task. Instances hold nothing.
+
+    Attributes:
+        name: the recipe's word for it.
+        architecture: what transformers calls its models.
+    """
+
+    name: ClassVar[str]
+    architecture: ClassVar[Architecture]
+
+    def labels(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Return the expert's class names in the order of their ids.
+
+        Raises:
+            CheckpointError: the configuration does not name them.
+        """
+        return class_names(checkpoint)
+
+    @abstractmethod
+    def load_split(self, source: SplitSource, task: Any, labels: Sequence[str], folder: Path, where: str) -> Split:
+        """Read one split of one expert's task.
+
+        Args:
+            source: what to read; `rows` takes a seeded sample without replacement, kept in file order.
+            task: the recipe's settings of this kind.
+            labels: the expert's class names; the index is the id.
+            folder: what relative paths are taken from.
+            where: expert and split; begins every message and names the split.
+
+        Raises:
+            DataError: rows that are missing, cannot be read, or have no label that the expert knows.
+        """
+
+    @abstractmethod
+    def row(self, value: dict[str, Any]) -> Row:
+        """Make a row of what its `document` returned."""
+
+    def write_split(self, split: Split, folder: Path, name: str) -> None:
+        """Write a split's rows into a folder, under a name."""
+        (folder / f"{name}.jsonl").write_text(split.to_jsonl(), encoding="utf-8")
+
+    def read_split(self, folder: Path, name: str) -> Split:
+        """Read what `write_split` wrote.
+
+        Raises:
+            ArtefactDamagedError: it is not what was written.
+        """
+        return Split.from_jsonl(name, (folder / f"{name}.jsonl").read_text(encoding="utf-8"), self.row)
+
+    @abstractmethod
+    def build(
+        self, config: Mapping[str, Any], folder: Path, reading: Mapping[str, Any], batch_size: int, task: str
+    ) -> TaskModel:
+        """Build a task's model without weights.
+
+        Args:
+            config: the expert's config.json.
+            folder: where the expert's tokenizer or image processor is.
+            reading: the task's settings that decide how a row is read, from `bmm.kinds.settings.reading`.
+            batch_size: rows in one forward pass.
+            task: the expert's name, for messages.
+
+        Raises:
+            CheckpointError: the configuration describes no model of this kind, or what reads its rows is not there.
+        """
+
+    @abstractmethod
+    def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
+        """Return a small batch of inputs of the encoder's forward pass, of any values."""
+
+    @abstractmethod
+    def correct(self, rows: Sequence[Any], answers: torch.Tensor) -> NDArray[np.bool_]:
+        """Return for each row whether its answer is right, (rows,), given the model's `logits`."""
+
+
+def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the class names of a checkpoint's configuration in the order of their ids.
+
+    Raises:
+        CheckpointError: the ids in config.json are not 0, 1, 2, …
+    """
+    config = checkpoint.config
+    named = config.get("id2label") or {str(index): f"LABEL_{index}" for index in range(config.get("num_labels") or 2)}
+    try:
+        names = {int(index): str(name) for index, name in named.items()}
+    except (AttributeError, ValueError):
+        names = {}
+    if sorted(names) != list(range(len(names))) or not names:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: id2label must name the classes 0, 1, 2, …; correct it"
+        )
+    return tuple(names[index] for index in range(len(names)))

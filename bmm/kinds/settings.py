@@ -1,0 +1,84 @@
+"""What a recipe says of a task, one class for each kind, and what of it decides how a model reads a row.
+
+Words only: reading rows and running models is each kind's own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from bmm.part import Part
+
+DEFAULT_KIND = "text-classification"
+
+
+class SplitSource(Part):
+    """Rows of one split, as `datasets.load_dataset` is asked for them, and how many of them to take.
+
+    `path` is a builder (`json`, `csv`, `parquet`, `text`, `imagefolder`), a folder saved on disk, or a hub id; `rows`
+    takes a seeded sample of that size, in file order; without it every row is used.
+    """
+
+    path: str
+    name: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    revision: str | None = None
+    rows: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class _Task(Part):
+    calibration: SplitSource
+    validation: SplitSource
+    test: SplitSource
+
+    def splits(self) -> dict[str, SplitSource]:
+        """Return the three splits by name, in a fixed order."""
+        return {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+
+
+class TextClassification(_Task):
+    """One text (or pair of texts) a row, one label out of a fixed set; the metric is accuracy."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    max_length: int = Field(default=128, ge=4, description="tokens a row, longer rows are cut")
+
+
+# Every kind but the default must be named, so that in the published schema exactly one fits.
+class ImageClassification(_Task):
+    """One image a row, one label out of a fixed set; the metric is accuracy."""
+
+    kind: Literal["image-classification"]
+    image: str = Field(
+        default="image", description="the column of images, or of their paths relative to the recipe's folder"
+    )
+    label: str = "label"
+
+
+def _with_kind(value: Any) -> Any:
+    return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
+
+
+Task = Annotated[
+    Annotated[TextClassification | ImageClassification, Field(discriminator="kind")],
+    BeforeValidator(_with_kind),
+]
+
+# Where a row's parts stand in its file: the rows themselves are known by what they hold.
+_COLUMNS = frozenset({"text", "text_pair", "label", "image"})
+
+
+def reading(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task (as JSON) that decide how a model reads a row: a part of keys.
+
+    Columns and splits are left out; a setting that is not known to be one of these is kept.
+    """
+    left_out = _COLUMNS | {"calibration", "validation", "test"}
+    return {name: value for name, value in task.items() if name not in left_out}

@@ -1,0 +1,72 @@
+"""Text classification: a text or a pair of texts a row, one class out of a fixed set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from bmm.checkpoint.architecture import Architecture
+from bmm.evaluation.data import Split, read_columns
+from bmm.evaluation.labels import label_ids
+from bmm.evaluation.metrics import correct_rows
+from bmm.evaluation.model import TaskModel, build_module
+from bmm.kinds.interface import Kind
+from bmm.kinds.settings import SplitSource, TextClassification
+from bmm.kinds.texts import TextReader, TextRow, text_rows
+
+_PROBE_TOKENS = 8
+
+
+class TextClassificationKind(Kind):
+    """`AutoModelForSequenceClassification` with a tokenizer."""
+
+    name = "text-classification"
+    architecture = Architecture("AutoModelForSequenceClassification", "text classifier")
+
+    @override
+    def load_split(
+        self, source: SplitSource, task: TextClassification, labels: Sequence[str], folder: Path, where: str
+    ) -> Split:
+        """Read one split: texts, checked, and their class ids."""
+        wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label}
+        columns = read_columns(source, wanted, folder, where)
+        ids = label_ids(
+            columns.values["label"],
+            labels,
+            columns.spot,
+            numbers=columns.numbers,
+            feature=getattr(columns.features["label"], "names", None),
+        )
+        return Split(where, text_rows(columns, ids))
+
+    @override
+    def row(self, value: dict[str, Any]) -> TextRow:
+        """Make a row of its document."""
+        return TextRow(text=value["text"], text_pair=value["text_pair"], label=value["label"])
+
+    @override
+    def build(
+        self, config: Mapping[str, Any], folder: Path, reading: Mapping[str, Any], batch_size: int, task: str
+    ) -> TaskModel:
+        """Build a classifier with its tokenizer; texts are cut at `max_length` tokens."""
+        module = build_module(config, self.architecture, task)
+        model = TaskModel(task, module, self.architecture.prefix(dict(config)), batch_size)
+        model.reader = TextReader(folder, reading["max_length"], module, model.encoder, task)
+        return model
+
+    @override
+    def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
+        """Return a few tokens."""
+        tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    @override
+    def correct(self, rows: Sequence[TextRow], answers: torch.Tensor) -> NDArray[np.bool_]:
+        """Say where the largest logit is the label's."""
+        return correct_rows(answers, [int(row.label) for row in rows])

@@ -1,0 +1,151 @@
+"""Rows of text, and how a model with a tokenizer reads them.
+
+What becomes of the answers is for the kinds that use these to say.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bmm.digest import canonical_json, digest_text
+from bmm.errors import CheckpointError, DataError
+from bmm.evaluation.data import Columns
+from bmm.evaluation.tokens import TokenisedRows, load_tokenizer, tokenised_rows
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One example: a text or a pair of texts, and its label: a class id, or a number where the task asks for one."""
+
+    text: str
+    text_pair: str | None
+    label: float
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the texts, white space folded."""
+        return digest_text(canonical_json([folded(self.text), folded(self.text_pair)]))
+
+    @property
+    def excerpt(self) -> str:
+        """The text, white space folded."""
+        return folded(self.text) or ""
+
+    def document(self) -> dict[str, Any]:
+        """Return the row as plain JSON values."""
+        return {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+
+
+def folded(text: str | None) -> str | None:
+    """Return a text with each run of white space as one space."""
+    return None if text is None else " ".join(text.split())
+
+
+def check_texts(columns: Columns, key: str) -> None:
+    """Refuse a column of texts in which a row has none.
+
+    Raises:
+        DataError: naming row and column.
+    """
+    column = columns.names[key]
+    for number, text in zip(columns.numbers, columns.values[key], strict=True):
+        if text is None or (isinstance(text, str) and not text.strip()):
+            raise DataError(f"{columns.spot}: row {number} has no text in column '{column}'; remove the row")
+        if not isinstance(text, str):
+            raise DataError(
+                f"{columns.spot}: row {number} has a value of type {type(text).__name__} in column '{column}' where "
+                "text belongs; name a text column"
+            )
+
+
+def text_rows(columns: Columns, labels: Sequence[float]) -> tuple[TextRow, ...]:
+    """Return the rows of the columns `text` and `text_pair`, checked, with their labels.
+
+    Raises:
+        DataError: a row without a text.
+    """
+    texts = columns.values["text"]
+    check_texts(columns, "text")
+    pairs: Sequence[str | None] = [None] * len(texts)
+    if "text_pair" in columns.values:
+        check_texts(columns, "text_pair")
+        pairs = columns.values["text_pair"]
+    return tuple(TextRow(text, pair, label) for text, pair, label in zip(texts, pairs, labels, strict=True))
+
+
+class TextReader:
+    """Makes tokens of texts as one expert was trained to read them.
+
+    Args:
+        folder: where the tokenizer's files are.
+        max_length: tokens a row; longer rows are cut.
+        module: the task's model, which says what inputs and how many positions it has.
+        encoder: its encoder.
+        task: the expert's name, for messages.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer.
+    """
+
+    def __init__(self, folder: Path, max_length: int, module: Any, encoder: Any, task: str) -> None:
+        self._tokenizer = load_tokenizer(folder)
+        self._folder = folder
+        self._max_length = max_length
+        self._module = module
+        self._encoder = encoder
+        self._task = task
+
+    def prepare(self, rows: Sequence[TextRow]) -> TokenisedRows:
+        """Return the rows as tokens, cut at `max_length`, sorted by length for batching.
+
+        Raises:
+            DataError: a row becomes no tokens, or more than the model has positions for.
+            CheckpointError: the tokenizer has tokens that the model does not.
+        """
+        accepted = inspect.signature(self._module.forward).parameters
+        types = getattr(self._module.config, "type_vocab_size", 2)
+        # A model of one token type assumes it when told nothing, and fails when told of a second one.
+        refused = {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
+        tokenised = tokenised_rows(self._tokenizer, rows, self._max_length, refused)
+        if not len(tokenised):
+            return tokenised
+        lengths = tokenised.lengths
+        if min(lengths) == 0:
+            row = rows[lengths.index(0)]
+            raise DataError(
+                f"{self._task}: the tokenizer in {self._folder} makes no token of the text {row.text[:60]!r}"
+            )
+        positions = _positions(self._encoder)
+        if positions is not None and max(lengths) > positions:
+            raise DataError(
+                f"{self._task}: a row has {max(lengths)} tokens, but the model has {positions} positions; "
+                f"set task.max_length to at most {positions}"
+            )
+        vocabulary = self._encoder.get_input_embeddings().num_embeddings
+        largest = max(max(ids) for ids in tokenised.columns["input_ids"])
+        if largest >= vocabulary:
+            raise CheckpointError(
+                f"{self._task}: the tokenizer in {self._folder} gives the token {largest}, but the model has "
+                f"only {vocabulary} tokens; use the tokenizer that the model was trained with"
+            )
+        return tokenised
+
+
+def _positions(encoder: nn.Module) -> int | None:
+    """Return how many tokens a learned position table has room for, or None without one.
+
+    Position tables with a padding index (RoBERTa) count from the place after it.
+    """
+    rooms = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in encoder.named_modules()
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
+    ]
+    return min(rooms, default=None)
