@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from bmm.modules.linear import LinearMap
 from bmm.progress import progress
+from bmm.regression.moments import MINIMUM_ROUTED_ROWS, Moments, trusted
 from bmm.regression.posterior import Posterior, assemble, decompose, factor, residual
-from bmm.regression.propagate import Moments
 from bmm.search.space import Setting
 from bmm.weights import ExpertWeights
 
@@ -26,10 +27,14 @@ TensorOf = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Solved:
-    """One map's published parameters by canonical name, float32, and the condition number behind them."""
+    """One map's `[W b]` `(out, in + 1)`, or `W`, float32, and the condition number behind it.
 
-    tensors: Mapping[str, torch.Tensor]
+    `anchored` says that no data spoke for it: the solution is the anchor's.
+    """
+
+    solution: torch.Tensor
     condition: float | None
+    anchored: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,53 +48,78 @@ class Problem:
     posterior: Posterior
     base: torch.Tensor
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Canonical names of the parameters that the solution stands in."""
+        with_bias = self.base.shape[1] > self.map.inputs
+        return self.map.parameters if with_bias else (self.map.weight,)
+
 
 class Assembler:
-    """The regressed maps of one merge."""
+    """The regressed maps of one merge.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    Args:
+        problems: the maps to solve.
+        anchor: gives the anchor's tensor by canonical name, for the rest of a parameter that holds several matrices.
+    """
+
+    def __init__(self, problems: Sequence[Problem], anchor: TensorOf) -> None:
         self._problems = {problem.map.module: problem for problem in problems}
+        self._anchor = anchor
+        self._members: dict[str, list[str]] = {}
+        for module, problem in self._problems.items():
+            for name in problem.parameters:
+                self._members.setdefault(name, []).append(module)
 
     @property
-    def parameters(self) -> dict[str, str]:
-        """Canonical name of every regressed parameter, with its module."""
-        return {
-            name: module
-            for module, problem in self._problems.items()
-            for name in problem.map.parameters
-            if problem.base.shape[1] > problem.map.inputs or name == problem.map.weight
-        }
+    def parameters(self) -> Mapping[str, Sequence[str]]:
+        """Canonical name of every regressed parameter, with the maps whose matrices it holds."""
+        return self._members
 
     def solve(self, module: str, setting: Setting) -> Solved:
-        """Return one map's parameters at one setting.
+        """Return one map's solution at one setting.
 
         `λ = ∞` with `γ = 1` gives the anchor's own, bit for bit.
 
         Raises:
-            FloatingPointError: a parameter is not finite.
+            FloatingPointError: an entry is not finite.
         """
         problem = self._problems[module]
         mean = problem.posterior.mean(setting.lam)
         solution = (mean if setting.gamma == 1.0 else assemble(problem.base, mean, setting.gamma)).to(torch.float32)
         if not bool(torch.isfinite(solution).all()):
             raise FloatingPointError(f"the weight of {module} is not finite at λ={setting.lam:g}, γ={setting.gamma:g}")
-        inputs = problem.map.inputs
-        tensors = {problem.map.weight: solution[:, :inputs].contiguous()}
-        if solution.shape[1] > inputs:
-            tensors[f"{module}.bias"] = solution[:, inputs].contiguous()
         condition = problem.posterior.condition(setting.lam)
-        return Solved(tensors, condition if math.isfinite(condition) else None)
+        anchored = problem.posterior.spectrum.trace == 0
+        return Solved(solution, condition if math.isfinite(condition) else None, anchored)
 
     def weights(self, settings: Mapping[str, Setting]) -> dict[str, torch.Tensor]:
-        """Return every regressed parameter by canonical name, given a setting for each module."""
-        return {
-            name: tensor
-            for module in self._problems
-            for name, tensor in self.solve(module, settings[module]).tensors.items()
-        }
+        """Return every regressed parameter by canonical name, float32, given a setting for each map."""
+        tensors: dict[str, torch.Tensor] = {}
+        for module, problem in self._problems.items():
+            self._place(problem, self.solve(module, settings[module]).solution, tensors)
+        return tensors
+
+    def parameter(self, name: str, settings: Mapping[str, Setting]) -> tuple[torch.Tensor, dict[str, Solved]]:
+        """Return one regressed parameter, float32, and the solution of each map in it."""
+        solved = {module: self.solve(module, settings[module]) for module in self._members[name]}
+        tensors: dict[str, torch.Tensor] = {}
+        for module, found in solved.items():
+            self._place(self._problems[module], found.solution, tensors)
+        return tensors[name], solved
+
+    def _place(self, problem: Problem, solution: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        def into(name: str) -> torch.Tensor:
+            if name not in tensors:
+                tensors[name] = self._anchor(name).to(torch.float32, copy=True).contiguous()
+            return tensors[name]
+
+        problem.map.place(solution, into)
 
 
-def module_wise(maps: Sequence[LinearMap], weights: ExpertWeights, anchor: TensorOf, gram: GramOf) -> Assembler:
+def module_wise(
+    maps: Sequence[LinearMap], weights: ExpertWeights, anchor: TensorOf, gram: GramOf, rows: Callable[[str], int]
+) -> Assembler:
     """Return the assembler of weights regressed on the inputs that each expert sees; biases are left to the anchor.
 
     Args:
@@ -97,6 +127,7 @@ def module_wise(maps: Sequence[LinearMap], weights: ExpertWeights, anchor: Tenso
         weights: base and experts.
         anchor: gives the anchor's tensor by canonical name.
         gram: gives expert `t`'s Gram matrix `(in, in)` by (t, input group).
+        rows: gives the number of rows behind all experts' Grams by input group.
     """
     problems = []
     groups = _by_group(maps)
@@ -106,14 +137,17 @@ def module_wise(maps: Sequence[LinearMap], weights: ExpertWeights, anchor: Tenso
             total = grams[0].clone()
             for part in grams[1:]:
                 total += part
+            if members[0].index is not None and rows(group) < MINIMUM_ROUTED_ROWS:
+                grams = [torch.zeros_like(part) for part in grams]
+                total.zero_()
             spectrum = decompose(total, where=f"the input of {group}")
             for map_ in members:
-                mean = anchor(map_.weight)
-                experts = [weights.expert(index, map_.weight) for index in range(weights.count)]
+                mean = map_.matrix(anchor, bias=False)
+                experts = [map_.matrix(partial(weights.expert, index), bias=False) for index in range(weights.count)]
                 posterior = factor(spectrum, mean, residual(mean, experts, grams))
-                problems.append(Problem(map_, posterior, weights.base(map_.weight)))
+                problems.append(Problem(map_, posterior, map_.matrix(weights.base, bias=False)))
             bar.advance()
-    return Assembler(problems)
+    return Assembler(problems, anchor)
 
 
 def propagated(
@@ -131,21 +165,13 @@ def propagated(
     groups = _by_group(maps)
     with progress("factoring the moments", len(groups)) as bar:
         for group, members in groups.items():
-            found = moments(group)
+            found = trusted(moments(group), members)
             spectrum = found.spectrum(f"the input of {group}")
             for map_ in members:
-                posterior = found.posterior(spectrum, map_.module, with_bias(map_, anchor))
-                problems.append(Problem(map_, posterior, with_bias(map_, weights.base)))
+                posterior = found.posterior(spectrum, map_.module, map_.matrix(anchor))
+                problems.append(Problem(map_, posterior, map_.matrix(weights.base)))
             bar.advance()
-    return Assembler(problems)
-
-
-def with_bias(map_: LinearMap, get: TensorOf) -> torch.Tensor:
-    """Return a map's `[W b]`, `(out, in + 1)` float64, or its `W` where it has no bias."""
-    weight = get(map_.weight).to(torch.float64)
-    if not map_.bias:
-        return weight
-    return torch.cat([weight, get(f"{map_.module}.bias").to(torch.float64)[:, None]], dim=1)
+    return Assembler(problems, anchor)
 
 
 def _by_group(maps: Sequence[LinearMap]) -> dict[str, list[LinearMap]]:

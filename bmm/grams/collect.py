@@ -1,4 +1,4 @@
-"""Gram matrices of one shard of calibration rows, by forward hooks on one expert.
+"""Gram matrices of one shard of calibration rows, seen in the forward passes of one expert.
 
 A pure function from a model and its batches to sums: `S = XᵀX` and the number of rows in `X`, one pair per distinct
 input, padding left out before the product. Products are float32, sums are float64 (measured relative error 1e-8
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from bmm.errors import BMMError
-from bmm.modules.padding import unpadded
+from bmm.modules.linear import LinearMap
+from bmm.modules.watch import Observer, Product, Site, Watch
 
 
 @dataclass
@@ -30,47 +31,51 @@ class GramSum:
 
 
 def collect(
-    encoder: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], groups: Sequence[str]
+    encoder: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], maps: Sequence[LinearMap]
 ) -> dict[str, GramSum]:
     """Return the Gram sum of every input group over the batches.
 
     Args:
         encoder: the expert's encoder, weights loaded, in evaluation mode.
         batches: inputs of its forward pass; `attention_mask` `(rows, tokens)` marks what is not padding.
-        groups: names of the modules whose inputs are wanted.
+        maps: one map of each input group that is wanted.
 
     Raises:
-        BMMError: a module never fired, or its input is not finite; the message names it.
+        BMMError: a map was never reached, or its input is not finite; the message names it.
     """
-    sums: dict[str, GramSum] = {}
-    mask: torch.Tensor | None = None
-
-    def record(name: str, inputs: torch.Tensor) -> None:
-        rows = unpadded(inputs, mask).to(torch.float32)
-        product = (rows.T @ rows).to(torch.float64)
-        part = GramSum(product, rows.shape[0])
-        if name in sums:
-            sums[name].add(part)
-        else:
-            sums[name] = part
-
-    modules = dict(encoder.named_modules())
-    handles = [
-        modules[name].register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0])) for name in groups
-    ]
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                encoder(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in groups:
-        if name not in sums:
-            raise BMMError(f"the module {name} was never reached by a calibration row, so it has no Gram matrix")
-        if not bool(torch.isfinite(sums[name].total).all()):
+    found = _Collection(maps)
+    with torch.inference_mode(), Watch(encoder, found) as watch:
+        for batch in batches:
+            watch.set_mask(batch.get("attention_mask"))
+            encoder(**batch)
+    for map_ in maps:
+        name = map_.input_group
+        if name not in found.sums:
+            if map_.index is None:
+                raise BMMError(
+                    f"the map {map_.module} was never reached by a calibration row, so it has no Gram matrix"
+                )
+            # No token was sent to this expert of the mixture; with no rows the regression keeps the anchor.
+            found.sums[name] = GramSum(torch.zeros(map_.inputs, map_.inputs, dtype=torch.float64), 0)
+        if not bool(torch.isfinite(found.sums[name].total).all()):
             raise BMMError(
                 f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?"
             )
-    return sums
+    return found.sums
+
+
+class _Collection(Observer):
+    def __init__(self, maps: Sequence[LinearMap]) -> None:
+        self._wanted: dict[Site, str] = {map_.site: map_.input_group for map_ in maps}
+        self.sums: dict[str, GramSum] = {}
+
+    def read(self, product: Product) -> None:
+        name = self._wanted.get(product.site)
+        if name is None:
+            return
+        rows = product.unpadded(product.rows).to(torch.float32)
+        part = GramSum((rows.T @ rows).to(torch.float64), rows.shape[0])
+        if name in self.sums:
+            self.sums[name].add(part)
+        else:
+            self.sums[name] = part

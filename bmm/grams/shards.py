@@ -23,6 +23,7 @@ from bmm.digest import canonical_json
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
 from bmm.kinds.registry import kind_of
+from bmm.modules.linear import LinearMap
 from bmm.prediction import read_split
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 from bmm.threads import one_thread
@@ -35,7 +36,8 @@ _WHERE = ("store", "expert_path", "expert_base", "data")
 class ShardRequest:
     """Everything that a worker needs for one shard; plain JSON values, so that it travels anywhere.
 
-    The first block decides the result and makes the key, the second says where things lie.
+    The first block decides the result and makes the key, the second says where things lie. `maps` are one map of each
+    input group, as JSON values.
     """
 
     expert_digest: str
@@ -44,7 +46,7 @@ class ShardRequest:
     stop: int
     reading: Mapping[str, Any]
     batch_size: int
-    groups: tuple[str, ...]
+    maps: tuple[Mapping[str, Any], ...]
 
     store: str
     expert_path: str
@@ -67,7 +69,7 @@ def shards_of(request: ShardRequest, rows: int, shard_rows: int) -> list[ShardRe
 
 def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
     """Compute one shard, if the store does not have it, and return the reference to it. Runs in a worker."""
-    request = ShardRequest(**{**values, "groups": tuple(values["groups"])})
+    request = ShardRequest(**{**values, "maps": tuple(values["maps"])})
     store = Store(Path(request.store))
 
     def make(draft: Draft) -> None:
@@ -80,7 +82,7 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
             request.batch_size,
         )
         prepared = model.prepare(split.rows[request.start : request.stop])
-        sums = collect(model.encoder, model.batches(prepared), request.groups)
+        sums = collect(model.encoder, model.batches(prepared), [LinearMap.from_json(value) for value in request.maps])
         tensors = {name: part.total for name, part in sums.items()}
         save_file(tensors, draft.path / "sums.safetensors")
         # Not as the tensors' metadata: safetensors writes several entries in a random order.

@@ -5,101 +5,39 @@ walked in forward order, a layer at a time: for each group of maps that read one
 
     minimise  Σ_t ‖ X̃_t [W b]ᵀ − Y_t ‖² / rows_t  +  λ̄ ‖ [W b] − [W_a b_a] ‖²
 
-with `X̃_t` the merged model's own inputs and a column of ones, `Y_t` the expert's outputs on its own inputs. Maps that
-write to the residual stream also take up its drift so far: `Y_t + (expert's residual − merged model's residual)`. The
+with `X̃_t` the merged model's own inputs and a column of ones, `Y_t` the expert's outputs on its own inputs. A map
+whose answer is added to the residual stream also takes up the stream's drift so far: it is to make the merged stream
+`r̃ + s̃ ∘ (X̃ [W b]ᵀ)` the expert's `r + s ∘ Y`, so its target is `(r + s ∘ Y − r̃) / s̃` (`s`: layer scale, if any). The
 source is this project's own notes on the method, not the paper.
 
-What is kept of each group are its moments, from which every `λ` follows; the walk itself goes on with the solution at
-one reference `λ`. In memory at a time: hidden states of all rows, one layer's answers to them, and one group's
-moments. Which rows, where experts come from, and what is done with the moments is the caller's.
+Experts of a mixture are sent other tokens in the merged model than in the fine-tuned one, so their rows do not pair
+up; their target is what the expert's own matrix makes of the merged model's inputs, `Y_t = X̃_t W_tᵀ`.
+
+In memory at a time: hidden states of all rows, one layer's answers to them, and one group's moments. Which rows, where
+experts come from, and what is done with the moments is the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bmm.errors import BMMError, CheckpointError
+from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
-from bmm.modules.padding import unpadded
-from bmm.progress import Bar
-from bmm.regression.posterior import Posterior, Spectrum, decompose, factor
+from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch
+from bmm.regression.chain import Batch, Call, calls, given, is_chain, same_calls
+from bmm.regression.moments import Moments, TaskSums
+from bmm.regression.units import Unit, layers_of, units_of
 
-Batch = Mapping[str, Tensor]
-
-# Encoders that normalise after adding: there the residual stream at a writer is what the first map of its half reads.
-POST_NORM = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta", "deberta-v2"})
-_WRITERS = {"attention-out": "qkv", "mlp-out": "mlp-in"}
-_CHAIN_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What the regression of one group needs, float64, each task weighted alike.
-
-    `gram` is `Σ_t X̃_tᵀX̃_t / rows_t`, `(in + 1, in + 1)`, or `(in, in)` where the maps have no bias; `cross[module]` is
-    `Σ_t Y_tᵀX̃_t / rows_t`, `(out, in + 1)` or `(out, in)`.
-    """
-
-    gram: Tensor
-    cross: Mapping[str, Tensor]
-
-    def spectrum(self, where: str) -> Spectrum:
-        """Return the Gram's eigendecomposition."""
-        return decompose(self.gram, where=where)
-
-    def posterior(self, spectrum: Spectrum, module: str, anchor: Tensor) -> Posterior:
-        """Return one map's posterior around the anchor `[W_a b_a]`, of the cross moment's shape."""
-        mean = anchor.to(torch.float64)
-        return factor(spectrum, mean, self.cross[module] - mean @ self.gram)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One part of the walk: a layer, or the maps that fire before or after the layers; groups in firing order.
-
-    `prefix` is the layer's module, None outside the layers.
-    """
-
-    name: str
-    prefix: str | None
-    groups: Mapping[str, tuple[LinearMap, ...]]
-
-
-def units_of(maps: Sequence[LinearMap]) -> tuple[Unit, ...]:
-    """Cut the maps, which are in firing order, into the parts of the walk.
-
-    Raises:
-        CheckpointError: maps outside the layers fire between two layers; the walk has no place for them.
-    """
-    parts: list[tuple[int | None, dict[str, list[LinearMap]]]] = []
-    for map_ in maps:
-        if not parts or parts[-1][0] != map_.layer:
-            parts.append((map_.layer, {}))
-        parts[-1][1].setdefault(map_.input_group, []).append(map_)
-    layers = [layer for layer, _ in parts]
-    inside = [layer for layer in layers if layer is not None]
-    first = layers.index(inside[0]) if inside else 0
-    if inside != sorted(set(inside)) or None in layers[first : first + len(inside)]:
-        raise CheckpointError(
-            "this architecture runs its layers in an order that propagated regression does not know; "
-            "set regression.mode to module-wise"
-        )
-    units = []
-    for place, (layer, groups) in enumerate(parts):
-        prefix = None if layer is None else _layer_prefix(next(iter(groups)))
-        name = prefix or ("before the layers" if place < first else "after the layers")
-        units.append(Unit(name, prefix, {group: tuple(members) for group, members in groups.items()}))
-    return tuple(units)
+SMALLEST_SCALE = 0.05
+"""Where a layer scales a channel by less before adding it, the drift is not divided by it: noise would win."""
 
 
 class Walk:
-    """Merged model and experts, side by side, on their way through the network.
+    """Merged model and experts, side by side, on their way through the network; for all tasks or some of them.
 
     Args:
         merged: the encoder that is being solved; holds the anchor's weights, and is changed in place.
@@ -107,7 +45,6 @@ class Walk:
         load_expert: `(task, prefix)` copies one expert's weights below a module prefix into `expert`.
         batches: for each task, the inputs of the forward passes over its calibration rows.
         maps: the maps to regress, in firing order.
-        model_type: of the configuration; decides where the residual stream is.
     """
 
     def __init__(
@@ -117,286 +54,256 @@ class Walk:
         load_expert: Callable[[int, str], None],
         batches: Sequence[Sequence[Batch]],
         maps: Sequence[LinearMap],
-        model_type: str,
     ) -> None:
         self._merged = merged
         self._expert = expert
+        for encoder in (merged, expert):
+            config: Any = getattr(encoder, "config", None)
+            if getattr(config, "use_cache", False):
+                # A cache would grow with every time that a layer is run again.
+                config.use_cache = False
         self._load_expert = load_expert
-        self._post_norm = model_type in POST_NORM
         self._tasks = [[_Step(batch) for batch in task] for task in batches]
-        self._inside = False
         self.units = units_of(maps)
-        self._layers = [unit.prefix for unit in self.units if unit.prefix is not None]
+        self._by_module = {map_.module: map_ for map_ in maps}
+        self._layers = self._chain()
+        self._inside = False
+        self._asked: str | None = None
 
-    def moments(self, unit: Unit, bar: Bar) -> Iterator[tuple[str, Moments]]:
-        """Yield the moments of each group of a unit; the caller solves it (`apply`) before asking for the next."""
-        self._ask_experts(unit)
-        for group, members in unit.groups.items():
-            source = self._residual_source(unit, members)
-            total: Moments | None = None
-            for task in self._tasks:
-                part = _TaskMoments(members)
-                for step in task:
-                    inputs, residual = self._read(unit, step, group, source)
-                    targets = {map_.module: step.answers[map_.module] for map_ in members}
-                    if source is not None and residual is not None:
-                        drift = step.residuals[source] - residual
-                        targets = {name: target + drift for name, target in targets.items()}
-                    part.add(inputs, targets)
-                    bar.advance()
-                total = part.weighted() if total is None else _sum(total, part.weighted())
-            assert total is not None  # noqa: S101 - a merge has at least two tasks
-            yield group, total
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers, if they are a chain; with none, every pass begins at the network's own beginning."""
+        return self._layers
 
-    def apply(self, map_: LinearMap, solution: Tensor) -> None:
+    def moments(self, unit: str, group: str, advance: Callable[[], None] = lambda: None) -> list[Moments]:
+        """Return one group's moments for each task; groups of a unit are asked for in order, each solved by `apply`.
+
+        `advance` is called after each batch.
+        """
+        place = next(found for found in self.units if found.name == unit)
+        if self._asked != unit:
+            self._ask_experts(place)
+            self._asked = unit
+        members = place.groups[group]
+        found = []
+        for steps in self._tasks:
+            sums = TaskSums(members)
+            for step in steps:
+                sums.add(*self._rows(place, members, step))
+                advance()
+            found.append(sums.moments())
+        return found
+
+    def apply(self, module: str, solution: Tensor) -> None:
         """Give the merged model one map's solution, `[W b]` of shape `(out, in + 1)`, or `W` without bias."""
-        module = self._merged.get_submodule(map_.module)
-        assert isinstance(module, nn.Linear)  # noqa: S101 - `discover` found it as one
-        with torch.no_grad():
-            module.weight.copy_(solution[:, : map_.inputs])
-            if module.bias is not None:
-                module.bias.copy_(solution[:, map_.inputs])
+        self._by_module[module].place(solution, self._merged.get_parameter)
 
-    def advance(self, unit: Unit) -> None:
+    def advance(self, unit: str) -> None:
         """Carry the hidden states of all rows through a solved layer, in the merged model and in the experts."""
-        if unit.prefix is None:
+        place = next(found for found in self.units if found.name == unit)
+        self._asked = None
+        if place.prefix is None or not self._layers:
+            for steps in self._tasks:
+                for step in steps:
+                    step.forget()
             return
         self._enter()
+        merged, expert = (encoder.get_submodule(place.prefix) for encoder in (self._merged, self._expert))
         for task, steps in enumerate(self._tasks):
             if any(step.beyond is None for step in steps):
-                self._load_expert(task, unit.prefix)
+                self._load_expert(task, place.prefix)
             for step in steps:
-                if step.beyond is None:
-                    step.beyond = step.through(self._expert, unit.prefix, step.expert)
-                step.merged = step.through(self._merged, unit.prefix, step.merged)
+                with torch.inference_mode():
+                    if step.beyond is None:
+                        step.beyond, _ = step.expert_calls[place.prefix].through(expert, step.expert)
+                    step.merged, step.in_tuple = step.merged_calls[place.prefix].through(merged, step.merged)
                 step.expert, step.beyond = step.beyond, None
-                step.answers.clear()
-                step.residuals.clear()
+                step.forget()
+
+    def _chain(self) -> tuple[str, ...]:
+        """Return the layers if they are a chain; else every pass begins at the network's own beginning."""
+        layers = layers_of(self.units)
+        if not layers or not self._tasks or not self._tasks[0]:
+            return ()
+        self._load_expert(0, "")
+        batch = {name: tensor[:2] for name, tensor in self._tasks[0][0].batch.items()}
+        if not is_chain(self._expert, layers, batch):
+            return ()
+        # What else the merged model's layers are called with is taken once, so no map may have a say in it: with an
+        # expert's maps in place of its own it must be the same.
+        solved = {name for map_ in self._by_module.values() for name in map_.parameters}
+        with torch.no_grad():
+            for name, parameter in self._expert.named_parameters():
+                if name not in solved:
+                    parameter.copy_(self._merged.get_parameter(name))
+        return layers if same_calls(self._expert, self._merged, layers, batch) else ()
 
     def _enter(self) -> None:
         """Find what reaches the first layer in the merged model and in the experts, once."""
         if self._inside:
             return
+        first = self._layers[0]
         for task, steps in enumerate(self._tasks):
             self._load_expert(task, "")
-            for index, step in enumerate(steps):
-                if task == index == 0:
-                    self._check_chain(step.batch)
-                step.arguments, step.keywords = _arguments(self._expert, self._layers[0], step.batch)
-                step.expert = step.hidden()
-                step.merged = _Step(step.batch, *_arguments(self._merged, self._layers[0], step.batch)).hidden()
+            for step in steps:
+                found = calls(self._expert, self._layers, step.batch)
+                step.expert = found[first].hidden
+                step.expert_calls = {name: call.forget() for name, call in found.items()}
+                found = calls(self._merged, self._layers, step.batch)
+                step.merged = found[first].hidden
+                step.merged_calls = {name: call.forget() for name, call in found.items()}
         self._inside = True
 
-    def _check_chain(self, batch: Batch) -> None:
-        """Make sure that running layer after layer is what the encoder does; two rows tell."""
-        batch = {name: tensor[:2] for name, tensor in batch.items()}
-        step = _Step(batch, *_arguments(self._expert, self._layers[0], batch))
-        hidden = step.hidden()
-        for prefix in self._layers:
-            expected = _Step(batch, *_arguments(self._expert, prefix, batch)).hidden()
-            if not torch.allclose(hidden, expected, rtol=_CHAIN_TOLERANCE, atol=_CHAIN_TOLERANCE):
-                raise CheckpointError(
-                    f"{prefix} of this architecture is not fed by the layer before it alone, which propagated "
-                    "regression needs; set regression.mode to module-wise"
-                )
-            hidden = step.through(self._expert, prefix, hidden)
-
     def _ask_experts(self, unit: Unit) -> None:
-        """Let each expert run the unit on its own inputs; keep its answers, and where its residual stream was."""
-        if unit.prefix is not None:
+        """Let each expert run the unit on its own inputs; keep its answers, or the streams that they were added to."""
+        chained = unit.prefix is not None and bool(self._layers)
+        if chained:
             self._enter()
-        names = [map_.module for members in unit.groups.values() for map_ in members]
-        found = (self._residual_source(unit, members) for members in unit.groups.values())
-        sources = [source for source in found if source is not None]
         for task, steps in enumerate(self._tasks):
-            self._load_expert(task, unit.prefix or "")
+            self._load_expert(task, unit.prefix if chained and unit.prefix else "")
+            routed = {
+                map_.module: map_.part(self._expert.get_parameter(map_.weight)).detach().clone()
+                for map_ in unit.maps
+                if map_.index is not None
+            }
             for step in steps:
-                with _watching(self._expert, sources, names) as seen:
-                    step.beyond = self._run(self._expert, unit, step, step.expert)
-                step.answers = {name: unpadded(tensor, step.mask) for name, tensor in seen.outputs.items()}
-                step.residuals = {name: unpadded(tensor, step.mask) for name, tensor in seen.inputs.items()}
+                seen = _Answers(unit.maps)
+                step.beyond = self._run(seen, self._expert, unit, step, step.expert)
+                step.answers, step.totals, step.routed = seen.answers(), seen.totals(), routed
 
-    def _read(self, unit: Unit, step: _Step, group: str, source: str | None) -> tuple[Tensor, Tensor | None]:
-        """Return the merged model's rows `(rows, in)` at a group, and its residual stream if there is a source."""
-        with _watching(self._merged, [group] if source is None else [source, group], [], last=group) as seen:
-            self._run(self._merged, unit, step, step.merged)
-        residual = None if source is None else unpadded(seen.inputs[source], step.mask)
-        return unpadded(seen.inputs[group], step.mask), residual
+    def _rows(self, unit: Unit, members: Sequence[LinearMap], step: _Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the merged model's rows `(rows, in)` at a group, and the targets `(rows, out)` of its maps."""
+        seen = _Inputs(members)
+        self._run(seen, self._merged, unit, step, step.merged)
+        inputs = seen.inputs()
+        targets = {}
+        for map_ in members:
+            name = map_.module
+            if map_.index is not None:
+                targets[name] = inputs @ step.routed[name].to(inputs.dtype).T
+            elif name in step.totals:
+                target = step.totals[name] - seen.stream(map_)
+                if map_.scale is not None:
+                    scale = self._merged.get_parameter(map_.scale).detach()
+                    target = torch.where(scale.abs() < SMALLEST_SCALE, step.answers[name], target / scale)
+                targets[name] = target
+            else:
+                targets[name] = step.answers[name]
+        return inputs, targets
 
-    def _run(self, encoder: nn.Module, unit: Unit, step: _Step, hidden: Tensor) -> Tensor | None:
-        """Run one unit; None if the pass was ended early or the unit is no layer."""
+    def _run(self, observer: Observer, encoder: nn.Module, unit: Unit, step: _Step, hidden: Tensor) -> Tensor | None:
+        """Run one unit under a watch; None if the pass was ended early or the unit is no layer of a chain."""
+        watch = Watch(encoder, observer, step.mask)
         try:
-            if unit.prefix is not None:
-                return step.through(encoder, unit.prefix, hidden)
-            with torch.inference_mode(), _given(encoder, self._layers if self._inside else [], step, hidden):
-                encoder(**step.batch)
-        except _Reached:
+            with torch.inference_mode():
+                if unit.prefix is not None and self._layers:
+                    known = step.merged_calls if encoder is self._merged else step.expert_calls
+                    with watch:
+                        output, step.in_tuple = known[unit.prefix].through(encoder.get_submodule(unit.prefix), hidden)
+                    return output
+                # What comes before the layers has not been entered yet, what comes after them needs their outcome.
+                skipped = self._layers if self._inside else ()
+                with given(encoder, skipped, hidden, step.in_tuple), watch:
+                    encoder(**step.batch)
+        except Reached:
             pass
         return None
 
-    def _residual_source(self, unit: Unit, members: Sequence[LinearMap]) -> str | None:
-        """Return the group whose input is the residual stream at a writer, where this is known."""
-        reads = _WRITERS.get(members[0].type)
-        if not self._post_norm or unit.prefix is None or reads is None:
-            return None
-        sources = [group for group, maps in unit.groups.items() if maps[0].type == reads]
-        return sources[0] if len(sources) == 1 else None
-
 
 class _Step:
-    """One batch of one task: how the encoder calls its layers for it, and the hidden states that it has reached."""
+    """One batch of one task: the hidden states that it has reached, and what its expert answered in this unit."""
 
-    def __init__(
-        self, batch: Batch, arguments: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.mask = batch.get("attention_mask")
-        self.arguments = arguments
-        self.keywords = dict(keywords or {})
+        self.expert_calls: dict[str, Call] = {}
+        self.merged_calls: dict[str, Call] = {}
         self.expert = self.merged = torch.empty(0)
         self.beyond: Tensor | None = None
-        self.tuples = False
+        self.in_tuple = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last unit's answers."""
         self.answers: dict[str, Tensor] = {}
-        self.residuals: dict[str, Tensor] = {}
-
-    def hidden(self) -> Tensor:
-        """Return the hidden states `(rows, tokens, width)` among the arguments of a layer's call."""
-        tensor: Tensor = self.arguments[0] if self.arguments else self.keywords["hidden_states"]
-        return tensor
-
-    def through(self, encoder: nn.Module, prefix: str, hidden: Tensor) -> Tensor:
-        """Return what one layer makes of hidden states."""
-        layer = encoder.get_submodule(prefix)
-        with torch.inference_mode():
-            if self.arguments:
-                output = layer(hidden, *self.arguments[1:], **self.keywords)
-            else:
-                output = layer(**{**self.keywords, "hidden_states": hidden})
-        self.tuples = isinstance(output, tuple)
-        tensor: Tensor = output[0] if self.tuples else output
-        return tensor
+        self.totals: dict[str, Tensor] = {}
+        self.routed: Mapping[str, Tensor] = {}
 
 
-class _TaskMoments:
-    """Sums over one task's batches: products in float32, sums in float64."""
+class _Answers(Observer):
+    """What an expert answers in a unit."""
+
+    def __init__(self, maps: Sequence[LinearMap]) -> None:
+        self._maps = {map_.site: map_ for map_ in maps if map_.index is None}
+        self._products: dict[Site, Product] = {}
+        self._answers: dict[str, list[Tensor]] = {}
+        self._totals: dict[str, list[Tensor]] = {}
+
+    def answered(self, product: Product, output: Tensor) -> None:
+        map_ = self._maps.get(product.site)
+        if map_ is not None:
+            self._products[product.site] = product
+            # Copied: what comes after may change it in place.
+            self._answers.setdefault(map_.module, []).append(product.unpadded(output).clone())
+
+    def added(self, addition: Addition) -> None:
+        map_ = self._maps.get(addition.site)
+        if map_ is not None and map_.stream:
+            rows = self._products[addition.site].unpadded(addition.total).clone()
+            self._totals.setdefault(map_.module, []).append(rows)
+
+    def answers(self) -> dict[str, Tensor]:
+        """Return the answers `(rows, out)` by map."""
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in self._answers.items()}
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return the residual stream `(rows, out)` after each map that writes to it."""
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in self._totals.items()}
+
+
+class _Inputs(Observer):
+    """What the merged model feeds to the maps of one group, and the stream that they will be added to.
+
+    Ends the pass when each map has fired, and been added, as often as it does. For an expert of a mixture nobody knows
+    how often that is.
+    """
 
     def __init__(self, members: Sequence[LinearMap]) -> None:
-        self._members = members
-        self._gram: Tensor | None = None
-        self._cross: dict[str, Tensor] = {}
-        self._rows = 0
+        self._first = members[0]
+        self._maps = {map_.site: map_ for map_ in members}
+        self._left = sum(map_.fires * (2 if map_.stream else 1) for map_ in members if map_.index is None)
+        self._products: dict[Site, Product] = {}
+        self._inputs: list[Tensor] = []
+        self._streams: dict[str, list[Tensor]] = {}
 
-    def add(self, inputs: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add rows `(rows, in)` and, for each map, its targets `(rows, out)`."""
-        rows = inputs.to(torch.float32)
-        if self._members[0].bias:
-            rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-        gram = (rows.T @ rows).to(torch.float64)
-        self._gram = gram if self._gram is None else self._gram + gram
-        for name, target in targets.items():
-            cross = (target.to(torch.float32).T @ rows).to(torch.float64)
-            self._cross[name] = cross if name not in self._cross else self._cross[name] + cross
-        self._rows += len(rows)
+    def read(self, product: Product) -> None:
+        if product.site in self._maps:
+            self._products[product.site] = product
+            if product.site == self._first.site:
+                self._inputs.append(product.unpadded(product.rows))
+            self._count()
 
-    def weighted(self) -> Moments:
-        """Return the sums over the number of rows."""
-        if self._gram is None or not bool(torch.isfinite(self._gram).all()):
-            raise BMMError(f"the inputs of {self._members[0].module} are not finite on the calibration rows")
-        scale = 1.0 / self._rows
-        return Moments(self._gram * scale, {name: cross * scale for name, cross in self._cross.items()})
+    def added(self, addition: Addition) -> None:
+        map_ = self._maps.get(addition.site)
+        if map_ is not None and map_.stream:
+            rows = self._products[addition.site].unpadded(addition.stream).clone()
+            self._streams.setdefault(map_.module, []).append(rows)
+            self._count()
 
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise Reached
 
-def _sum(left: Moments, right: Moments) -> Moments:
-    cross = {name: tensor + right.cross[name] for name, tensor in left.cross.items()}
-    return Moments(left.gram + right.gram, cross)
+    def inputs(self) -> Tensor:
+        """Return the rows `(rows, in)`; none where no token was sent to this expert of a mixture."""
+        if not self._inputs:
+            if self._first.index is None:
+                raise BMMError(f"the map {self._first.module} was not reached by a calibration row")
+            return torch.empty(0, self._first.inputs)
+        return torch.cat(self._inputs) if len(self._inputs) > 1 else self._inputs[0]
 
-
-class _Reached(Exception):  # noqa: N818 - not an error: the pass has shown what was wanted
-    """Ends a forward pass early."""
-
-
-def _arguments(encoder: nn.Module, prefix: str, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run an encoder up to one layer and return the arguments that the layer is called with."""
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append((arguments, keywords))
-        raise _Reached
-
-    handle = encoder.get_submodule(prefix).register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        with torch.inference_mode():
-            encoder(**batch)
-    except _Reached:
-        return found[0]
-    finally:
-        handle.remove()
-    raise BMMError(f"the layer {prefix} was not reached")
-
-
-@dataclass
-class _Seen:
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-
-
-@contextmanager
-def _watching(
-    encoder: nn.Module, inputs: Sequence[str], outputs: Sequence[str], *, last: str | None = None
-) -> Iterator[_Seen]:
-    """Record inputs and outputs of linear maps during a pass, which ends when the input of `last` is reached."""
-    seen = _Seen({}, {})
-
-    def take_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def take(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.inputs[name] = arguments[0]
-            if name == last:
-                raise _Reached
-
-        return take
-
-    def take_output(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def take(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen.outputs[name] = output
-
-        return take
-
-    handles = [encoder.get_submodule(name).register_forward_pre_hook(take_input(name)) for name in inputs]
-    handles += [encoder.get_submodule(name).register_forward_hook(take_output(name)) for name in outputs]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Given(nn.Module):
-    """Stands in for a layer whose outcome is known."""
-
-    def __init__(self, outcome: Any) -> None:
-        super().__init__()
-        self._outcome = outcome
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """Return the outcome."""
-        return self._outcome
-
-
-@contextmanager
-def _given(encoder: nn.Module, layers: Sequence[str], step: _Step, hidden: Tensor) -> Iterator[None]:
-    """Let every layer return `hidden`: what comes after the layers sees the last one's outcome, at no cost."""
-    real = {prefix: encoder.get_submodule(prefix) for prefix in layers}
-    try:
-        for prefix in layers:
-            encoder.set_submodule(prefix, _Given((hidden,) if step.tuples else hidden))
-        yield
-    finally:
-        for prefix, layer in real.items():
-            encoder.set_submodule(prefix, layer)
-
-
-def _layer_prefix(module: str) -> str:
-    """Return the name of the layer that a module stands in: everything up to its index."""
-    parts = module.split(".")
-    index = next(place for place, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: index + 1])
+    def stream(self, map_: LinearMap) -> Tensor:
+        """Return the residual stream `(rows, out)` before a map's answer is added to it."""
+        parts = self._streams[map_.module]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -55,7 +55,7 @@ def anchor_artefact(
         "base": setup.base.digest,
         "experts": [expert.model.digest for expert in setup.experts],
         "parameters": [parameter.name for parameter in setup.layout.shared],
-        "linear": [map_.weight for map_ in setup.regressed],
+        "linear": list(setup.matrices),
         "checkpoint": explicit.digest if explicit else None,
         "grams": [gram["digest"] for gram in grams],
         "fishers": [fisher.digest for fisher in fishers],

@@ -7,6 +7,7 @@ Reads weights and other artefacts and writes `grams` artefacts, one an expert; t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ from bmm.stages.setup import Setup
 from bmm.store import Draft, Reference
 from bmm.weights import ExpertWeights
 
-GRAM_VERSION = 1
+GRAM_VERSION = 2
 
 
 def from_task_vectors(work: Work, setup: Setup) -> dict[str, Reference]:
@@ -59,7 +60,7 @@ def _estimates(
 
 
 def _task_vector(weights: ExpertWeights, index: int, map_: LinearMap) -> torch.Tensor:
-    return weights.expert(index, map_.weight).to(torch.float64) - weights.base(map_.weight).to(torch.float64)
+    return map_.matrix(partial(weights.expert, index), bias=False) - map_.matrix(weights.base, bias=False)
 
 
 def blended(

@@ -15,6 +15,7 @@ from bmm.grams import store as gram_store
 from bmm.grams.cluster import run_all, workers
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.settings import reading
+from bmm.modules.linear import LinearMap
 from bmm.prediction import read_split
 from bmm.progress import progress
 from bmm.recipe import ClusterSettings
@@ -41,7 +42,7 @@ class GramJob:
 
 
 def plan_job(
-    work: Work, expert: Expert, data: Reference, groups: Sequence[str], shard_rows: int, batch_size: int
+    work: Work, expert: Expert, data: Reference, maps: Sequence[LinearMap], shard_rows: int, batch_size: int
 ) -> GramJob:
     """Describe one expert's Grams; they depend on that expert, its calibration rows and the settings alone."""
     split = read_split(work.read(data), "calibration")
@@ -52,7 +53,7 @@ def plan_job(
         stop=len(split.rows),
         reading=reading(expert.task),
         batch_size=batch_size,
-        groups=tuple(groups),
+        maps=tuple(map_.to_json() for map_ in maps),
         store=str(work.store.root),
         expert_path=expert.model.path,
         expert_base=expert.model.base,
@@ -64,7 +65,7 @@ def plan_job(
         "reading": dict(whole.reading),
         "shard_rows": shard_rows,
         "batch_size": batch_size,
-        "groups": list(groups),
+        "maps": list(whole.maps),
     }
     return GramJob(expert.name, inputs, settings, tuple(shards_of(whole, len(split.rows), shard_rows)))
 
@@ -103,7 +104,7 @@ def _sum(work: Work, job: GramJob) -> Reference:
     def make(draft: Draft) -> None:
         # Through `obtain`, so that a shard damaged since it was computed is made again rather than believed.
         shards = [work.read(Reference.from_json(compute_shard(dict(vars(shard))))) for shard in job.shards]
-        groups = job.settings["groups"]
+        groups = [values["input_group"] for values in job.settings["maps"]]
         provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
         gram_store.write(draft.path / "grams.zarr", sorted(reduce(shards, groups).items()), provenance)
 
@@ -137,13 +138,13 @@ def grams(work: Work, request: Request) -> dict[str, Any]:
 
 def _from_activations(work: Work, request: Request, setup: Setup) -> dict[str, Reference]:
     """Collect the Grams of every expert over its own calibration rows."""
-    groups = list(dict.fromkeys(map_.input_group for map_ in setup.maps))
+    readers = list({map_.input_group: map_ for map_ in reversed(setup.regressed)}.values())[::-1]
     jobs = [
         plan_job(
             work,
             expert,
             Reference.from_json(request.inputs["experts"][expert.name]),
-            groups,
+            readers,
             request.settings["shard_rows"],
             request.settings["batch_size"],
         )

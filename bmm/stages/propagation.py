@@ -6,24 +6,24 @@ Part of the search stage, which needs the moments; the walk itself is `bmm.regre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bmm.assembly import with_bias
 from bmm.evaluation.model import TaskModel
 from bmm.kinds.settings import reading
 from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
 from bmm.progress import progress
-from bmm.regression.propagate import Moments, Unit, Walk, units_of
+from bmm.regression.moments import Moments, total, trusted
+from bmm.regression.propagate import Walk
+from bmm.regression.units import Unit, units_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
 from bmm.store import Artefact, Draft
 from bmm.weights import ExpertWeights
 
-WALK_VERSION = 1
+WALK_VERSION = 2
 _FILE = "moments.safetensors"
 
 
@@ -33,9 +33,6 @@ def walk_moments(
     """Walk through the network, layer by layer, and return the moments by input group.
 
     Layers that an earlier, killed run has finished are taken from the store.
-
-    Raises:
-        CheckpointError: the architecture cannot be walked; the message says what to set instead.
     """
     lam = request.settings["regression"]["walk_lambda"]
     inputs = {name: request.inputs[name] for name in ("base", "models", "layout", "anchor")}
@@ -54,12 +51,15 @@ def walk_moments(
         for unit in walk.units:
 
             def make(draft: Draft, unit: Unit = unit) -> None:
-                tensors = {}
-                for group, moments in walk.ready().moments(unit, bar):
-                    tensors[f"gram:{group}"] = moments.gram
-                    tensors |= {f"cross:{module}": cross for module, cross in moments.cross.items()}
+                tensors: dict[str, torch.Tensor] = {}
+                rows = {}
+                for group in unit.groups:
+                    moments = total(walk.ready().moments(unit.name, group, bar.advance))
+                    tensors |= {f"{group}:{name}": tensor for name, tensor in moments.tensors().items()}
+                    rows[group] = moments.rows
                     walk.solve(unit, group, moments, lam)
                 save_file(tensors, draft.path / _FILE)
+                draft.write_json("rows.json", rows)
 
             made = work.made
             reference = work.obtain(
@@ -75,8 +75,10 @@ def walk_moments(
 def read_moments(artefact: Artefact, group: str, modules: list[str]) -> Moments:
     """Return the moments of one input group."""
     with safe_open(artefact.file(_FILE), framework="pt") as handle:
-        cross = {module: handle.get_tensor(f"cross:{module}") for module in modules}
-        return Moments(handle.get_tensor(f"gram:{group}"), cross)
+        cross, power = (
+            {module: handle.get_tensor(f"{group}:{kind}:{module}") for module in modules} for kind in ("cross", "power")
+        )
+        return Moments(handle.get_tensor(f"{group}:gram"), cross, power, artefact.read_json("rows.json")[group])
 
 
 class _Walker:
@@ -123,18 +125,19 @@ class _Walker:
         if replay:
             self._behind.append((unit, artefact, lam))
         else:
-            self.ready().advance(unit)
+            self.ready().advance(unit.name)
 
     def _replay(self, walk: Walk, unit: Unit, artefact: Artefact, lam: float) -> None:
         for group in unit.groups:
             self._solve(walk, unit, group, read_moments(artefact, group, self.members(group)), lam)
-        walk.advance(unit)
+        walk.advance(unit.name)
 
     def _solve(self, walk: Walk, unit: Unit, group: str, moments: Moments, lam: float) -> None:
+        moments = trusted(moments, unit.groups[group])
         spectrum = moments.spectrum(f"the input of {group}")
         for map_ in unit.groups[group]:
-            posterior = moments.posterior(spectrum, map_.module, with_bias(map_, self._anchored))
-            walk.apply(map_, posterior.mean(lam))
+            posterior = moments.posterior(spectrum, map_.module, map_.matrix(self._anchored))
+            walk.apply(map_.module, posterior.mean(lam))
 
     def _start(self) -> Walk:
         merged = self._model(self._anchored.state())
@@ -151,12 +154,9 @@ class _Walker:
         for source in self._setup.experts:
             with source.model.open() as checkpoint:
                 model = build_model(checkpoint, source, self._request.settings["batch_size"])
-                config: Mapping[str, Any] = checkpoint.config
             rows = read_split(self._data(source.name), "calibration").rows
             batches.append(list(model.batches(model.prepare(rows))))
-        return Walk(
-            merged.encoder, expert.encoder, load_expert, batches, self._setup.regressed, str(config["model_type"])
-        )
+        return Walk(merged.encoder, expert.encoder, load_expert, batches, self._setup.regressed)
 
     def _model(self, state: Mapping[str, torch.Tensor]) -> TaskModel:
         first = self._setup.experts[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bmm.assembly import Assembler, module_wise, propagated
+from bmm.assembly import Assembler, Solved, module_wise, propagated
 from bmm.errors import CheckpointError
 from bmm.evaluation.metrics import accuracy, mean_ratio_to_expert
 from bmm.grams.store import GramReader
@@ -31,6 +31,8 @@ from bmm.weights import ExpertWeights
 
 DTYPES = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The recipe's words for a dtype, in safetensors' words; None is each parameter's own dtype in the base."""
+ANCHOR = Setting(math.inf, 1.0)
+"""Where a map keeps its anchor, bit for bit."""
 
 
 def run_search(work: Work, request: Request) -> dict[str, Any]:
@@ -68,7 +70,13 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
                 GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr"))
                 for expert in setup.experts
             ]
-            assembler = module_wise(setup.regressed, weights, anchored, lambda index, group: grams[index].gram(group))
+            assembler = module_wise(
+                setup.regressed,
+                weights,
+                anchored,
+                lambda index, group: grams[index].gram(group),
+                lambda group: sum(reader.rows(group) for reader in grams),
+            )
         dtype = DTYPES[request.settings["dtype"]]
         dtypes = published_dtypes(setup, dtype)
         rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
@@ -99,25 +107,19 @@ def _write_best(
     dtype: str | None,
 ) -> None:
     """Write the best trial's encoder, and for every parameter how it came about."""
-    modules = assembler.parameters
     entries: dict[str, dict[str, Any]] = {}
+    chosen = {module: best.settings[group] for module, group in groups.items()}
 
     def get(name: str) -> torch.Tensor:
-        module = modules.get(name)
+        members = assembler.parameters.get(name, ())
         entry: dict[str, Any] = {"parameter": name, "shape": list(weights.parameter(name).shape), "module": None}
         entry |= {"treatment": treatments[name], "lambda": None, "gamma": None, "condition": None}
         tensor = rest[name]
-        if module is not None:
-            group = groups[module]
-            setting = best.settings[group]
-            entry["module"] = group
-            if math.isinf(setting.lam) and setting.gamma == 1.0:
-                entry["treatment"] = "anchored"
-            else:
-                solved = assembler.solve(module, setting)
-                tensor = solved.tensors[name]
-                entry |= {"treatment": "regressed", "gamma": setting.gamma, "condition": solved.condition}
-                entry["lambda"] = None if math.isinf(setting.lam) else setting.lam
+        if members:
+            entry |= {"module": groups[members[0]], "treatment": "anchored"}
+            if any(chosen[module] != ANCHOR for module in members):
+                tensor, solved = assembler.parameter(name, chosen)
+                entry |= _regressed(solved, chosen[members[0]])
         entries[name] = entry
         bar.advance()
         return tensor
@@ -125,6 +127,23 @@ def _write_best(
     with progress("writing the merged encoder", len(rest)) as bar:
         write_state(draft.path, setup, get, dtype=dtype)
     draft.write_json("coverage.json", [entries[name] for name in sorted(entries)])
+
+
+def _regressed(solved: Mapping[str, Solved], setting: Setting) -> dict[str, Any]:
+    """Return what the coverage says of a parameter and the maps in it; `setting` is the first one's."""
+    conditions = [found.condition for found in solved.values() if found.condition is not None]
+    entry: dict[str, Any] = {
+        "treatment": "regressed",
+        "gamma": setting.gamma,
+        "lambda": None if math.isinf(setting.lam) else setting.lam,
+        "condition": max(conditions) if len(conditions) == len(solved) else None,
+    }
+    if len(solved) > 1:
+        # A stack of experts: those that too few tokens reached keep the anchor.
+        entry["anchored_maps"] = [module for module, found in solved.items() if found.anchored]
+        if len(entry["anchored_maps"]) == len(solved):
+            entry["treatment"] = "anchored"
+    return entry
 
 
 def _write_trials(

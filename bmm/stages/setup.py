@@ -31,13 +31,18 @@ class Setup:
         shared = {parameter.name for parameter in self.layout.shared}
         return tuple(map_ for map_ in self.maps if map_.weight in shared)
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Canonical names of the parameters which are, whole, the matrix of one linear map."""
+        shapes = {parameter.name: parameter.shape for parameter in self.layout.shared}
+        return tuple(map_.weight for map_ in self.regressed if len(shapes[map_.weight]) == 2 and map_.rows is None)
+
     @contextmanager
     def weights(self) -> Iterator[ExpertWeights]:
         """Open base and experts, checked against their digests, for the length of the block."""
         with ExitStack() as stack:
             base = stack.enter_context(self.base.open())
-            linear = [map_.weight for map_ in self.regressed]
-            yield ExpertWeights(base, open_all(stack, self.experts), self.layout, linear)
+            yield ExpertWeights(base, open_all(stack, self.experts), self.layout, self.matrices)
 
 
 def setup_of(work: Work, request: Request) -> Setup:

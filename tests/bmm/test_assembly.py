@@ -12,9 +12,9 @@ from bmm.assembly import Assembler, module_wise
 from bmm.modules.linear import LinearMap
 from bmm.search.space import Setting
 
-QUERY = LinearMap("a.query", 5, 4, "a.query", "qkv", 0)
-KEY = LinearMap("a.key", 3, 4, "a.query", "qkv", 0)
-DENSE = LinearMap("a.dense", 4, 6, "a.dense", "mlp-out", 0)
+QUERY = LinearMap("a.query", 5, 4, "a.query", "qkv", 0, "a.query.weight")
+KEY = LinearMap("a.key", 3, 4, "a.query", "qkv", 0, "a.key.weight")
+DENSE = LinearMap("a.dense", 4, 6, "a.dense", "mlp-out", 0, "a.dense.weight")
 MAPS = (QUERY, KEY, DENSE)
 
 
@@ -44,7 +44,7 @@ class Case:
             case.asked.append((index, group))
             return case.grams[index][group]
 
-        return module_wise(MAPS, Weights(), self.anchor.__getitem__, gram)  # type: ignore[arg-type]
+        return module_wise(MAPS, Weights(), self.anchor.__getitem__, gram, lambda _: 50)  # type: ignore[arg-type]
 
 
 def case(seed: int = 0, experts: int = 3) -> Case:
@@ -94,9 +94,7 @@ def test_any_setting_is_the_closed_form(seed: int, exponent: float, gamma: float
     matrix = total + lam * total.trace() / 4 * torch.eye(4, dtype=torch.float64)
     pull = sum((e["a.key.weight"].double() - anchor) @ g for e, g in zip(made.experts, grams, strict=True))
     mean = anchor + torch.linalg.solve(matrix, pull, left=False)  # type: ignore[arg-type]
-    torch.testing.assert_close(
-        solved.tensors["a.key.weight"].double(), base + gamma * (mean - base), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(solved.solution.double(), base + gamma * (mean - base), rtol=1e-5, atol=1e-6)
     assert solved.condition == pytest.approx(float(torch.linalg.cond(matrix)), rel=1e-6)
 
 
@@ -104,7 +102,7 @@ def test_gamma_scales_from_the_base_even_on_the_anchor() -> None:
     made = case()
     solved = made.assembler().solve("a.dense", Setting(math.inf, 0.5))
     wanted = (made.base["a.dense.weight"].double() + made.anchor["a.dense.weight"].double()) / 2
-    torch.testing.assert_close(solved.tensors["a.dense.weight"].double(), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(solved.solution.double(), wanted, rtol=1e-6, atol=1e-7)
     assert solved.condition == 1.0
 
 
@@ -114,9 +112,9 @@ def test_a_singular_gram_has_no_condition_number_and_a_finite_weight() -> None:
         part["a.dense"] = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 0], dtype=torch.float64))
     solved = made.assembler().solve("a.dense", Setting(0.0, 1.0))
     assert solved.condition is None
-    assert torch.isfinite(solved.tensors["a.dense.weight"]).all()
+    assert torch.isfinite(solved.solution).all()
     # The direction that no input had keeps the anchor.
-    torch.testing.assert_close(solved.tensors["a.dense.weight"][:, 5], made.anchor["a.dense.weight"][:, 5])
+    torch.testing.assert_close(solved.solution[:, 5], made.anchor["a.dense.weight"][:, 5])
 
 
 def test_each_gram_is_read_once_whatever_is_solved() -> None:

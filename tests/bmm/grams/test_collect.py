@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import batches, encoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,6 +16,7 @@ from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
 from bmm.kinds.text_classification import TextClassificationKind
 from bmm.kinds.texts import TextRow as Row
+from bmm.modules.linear import LinearMap, discover
 
 TEXTS = [" ".join(f"w{(index * step) % 60}" for step in range(1, 3 + index % 9)) for index in range(21)]
 QUERY, OUT = "encoder.layer.0.attention.self.query", "encoder.layer.1.attention.output.dense"
@@ -34,7 +36,9 @@ def loaded(expert: Path, batch_size: int) -> TaskModel:
 def sums(expert: Path, batch_size: int) -> dict[str, GramSum]:
     model = loaded(expert, batch_size)
     rows = model.prepare([Row(text, None, 0) for text in TEXTS])
-    return collect(model.encoder, model.batches(rows), GROUPS)
+    tokens = torch.ones(2, 4, dtype=torch.int64)
+    maps = discover(model.encoder, {"input_ids": tokens, "attention_mask": tokens})
+    return collect(model.encoder, model.batches(rows), [map_ for map_ in maps if map_.module in GROUPS])
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +96,42 @@ class Small(nn.Module):
         return out
 
 
+def maps(*names: str) -> list[LinearMap]:
+    return [LinearMap(name, 3, 3, name, "other", None, f"{name}.weight") for name in names]
+
+
 def test_sums_over_batches_add_and_the_mask_decides_what_counts() -> None:
     states = torch.arange(24.0).reshape(2, 4, 3)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     batches = [{"states": states, "attention_mask": mask}, {"states": -states, "attention_mask": mask}]
-    found = collect(Small(), batches, ["used"])["used"]
+    found = collect(Small(), batches, maps("used"))["used"]
     kept = states[mask.bool()].double()
     assert found.rows == 10
     assert torch.equal(found.total, 2 * kept.T @ kept)
-    plain = collect(Small(), [{"states": states}], ["used"])["used"]
+    plain = collect(Small(), [{"states": states}], maps("used"))["used"]
     assert plain.rows == 8
 
 
 def test_a_module_that_never_fires_is_named() -> None:
     with pytest.raises(BMMError, match="unused was never reached"):
-        collect(Small(), [{"states": torch.ones(1, 2, 3)}], ["used", "unused"])
+        collect(Small(), [{"states": torch.ones(1, 2, 3)}], maps("used", "unused"))
 
 
 def test_an_input_that_is_not_finite_is_named() -> None:
     with pytest.raises(BMMError, match="inputs of used are not finite"):
-        collect(Small(), [{"states": torch.full((1, 2, 3), torch.inf)}], ["used"])
+        collect(Small(), [{"states": torch.full((1, 2, 3), torch.inf)}], maps("used"))
 
 
-def test_no_hook_is_left_behind() -> None:
-    model = Small()
-    with pytest.raises(TypeError):
-        collect(model, [{"wrong": torch.ones(1)}], ["used"])
-    collect(model, [{"states": torch.ones(1, 2, 3)}], ["used"])
-    assert not model.used._forward_pre_hooks
+def test_gram_sums_are_the_same_at_any_module_that_holds_the_matrix() -> None:
+    # As `torch.nn.Linear`, as GPT-2's transposed one, and fused into an attention's `in_proj_weight`.
+    for family in ("bert", "gpt2", "openclip", "mixtral"):
+        model = encoder(family, 1)
+        rows = batches(family, 2)
+        found = discover(model, {name: value[:2] for name, value in rows[0].items()})
+        sums = collect(model, rows, [map_ for map_ in found if map_.input_group == map_.module])
+        for map_ in found:
+            assert sums[map_.input_group].total.shape == (map_.inputs, map_.inputs)
+        tokens = [batch["attention_mask"].sum() for batch in rows if "attention_mask" in batch]
+        plain = [name for name in sums if ".experts." not in name and "pooler" not in name]
+        if tokens:
+            assert {sums[name].rows for name in plain} == {int(sum(tokens))}

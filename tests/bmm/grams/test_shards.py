@@ -14,10 +14,14 @@ from bmm.evaluation.data import Split
 from bmm.grams.collect import GramSum
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.texts import TextRow as Row
+from bmm.modules.linear import LinearMap
 from bmm.sources import fingerprint_model
 from bmm.store import Draft, Reference, Store
 
 GROUPS = ("encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense", "pooler.dense")
+MAPS = tuple(
+    LinearMap(name, 16, 16, name, "other", None, f"{name}.weight", f"{name}.bias").to_json() for name in GROUPS
+)
 TEXTS = [" ".join(f"w{(index * step) % 60}" for step in range(1, 3 + index % 9)) for index in range(30)]
 
 
@@ -50,7 +54,7 @@ def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardR
         stop=len(TEXTS),
         reading=READING,
         batch_size=4,
-        groups=GROUPS,
+        maps=MAPS,
         store=str(store.root),
         expert_path=expert.path,
         data=data.to_json(),
@@ -118,7 +122,7 @@ def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: S
         "stop": 2,
         "reading": {**READING, "max_length": 8},
         "batch_size": 5,
-        "groups": GROUPS[:1],
+        "maps": MAPS[:1],
     }
     keys = {replace(whole, **{name: value}).key() for name, value in changes.items()}  # type: ignore[arg-type]
     assert len(keys | {whole.key()}) == len(changes) + 1

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import FAMILIES, batches, encoder
 from torch import nn
 
 from bmm.modules.linear import LinearMap, discover, layer_of, module_type
@@ -127,12 +128,86 @@ def test_maps_that_fire_twice_share_only_with_those_that_read_all_the_same() -> 
     assert {map_.module: map_.input_group for map_ in maps} == {"left": "left", "right": "left", "once": "once"}
 
 
-def test_watching_leaves_no_hook_behind() -> None:
-    encoder = encoder_of("bert")
-    discover(encoder, probe())
-    with pytest.raises(ValueError, match="input_ids"):
-        discover(encoder, {"no_such_input": torch.ones(1)})
-    assert not any(module._forward_pre_hooks for module in encoder.modules())
+# What a family's encoder keeps in matrices that no product reads: tables, and what is not a linear map of its rows.
+NOT_MAPS = {
+    "whisper-encoder": {"conv1.weight", "conv2.weight", "embed_positions.weight"},
+    "vit": {"embeddings.cls_token", "embeddings.position_embeddings"},
+    "dinov2": {"embeddings.cls_token", "embeddings.mask_token", "embeddings.position_embeddings"},
+    "clip-vision": {"embeddings.position_embedding.weight"},
+    "bert": {f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")},
+    "roberta": {f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")},
+    "distilbert": {f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position")},
+    "deberta-v2": {
+        "embeddings.word_embeddings.weight",
+        "embeddings.position_embeddings.weight",
+        "encoder.rel_embeddings.weight",
+    },
+    "gpt2": {"wte.weight", "wpe.weight"},
+    "openclip": set(),
+    "t5-encoder": {"shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"},
+    "t5": {
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_matrix_of_any_family_is_missed(family: str) -> None:
+    model = encoder(family, 0)
+    maps = discover(model, {name: value[:2] for name, value in batches(family, 1)[0].items()})
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    assert matrices - {map_.weight for map_ in maps} == NOT_MAPS.get(family, {"embed_tokens.weight"})
+    sizes: dict[str, int] = {}
+    for map_ in maps:
+        sizes[map_.weight] = sizes.get(map_.weight, 0) + map_.outputs * map_.inputs
+    assert sizes == {name: model.get_parameter(name).numel() for name in sizes}
+    biases = {name for map_ in maps for name in map_.parameters if name.endswith("bias")}
+    held = {map_.module for map_ in maps}
+    wanted = {name for name, _ in model.named_parameters() if name.endswith("bias") and name.rpartition(".")[0] in held}
+    assert biases >= wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_map_of_a_layer_has_a_known_type(family: str) -> None:
+    model = encoder(family, 0)
+    maps = discover(model, {name: value[:2] for name, value in batches(family, 1)[0].items()})
+    unknown = {map_.module.rpartition(".")[2] for map_ in maps if map_.layer is not None and map_.type == "other"}
+    assert unknown <= {"gate", "shared_expert_gate"}, "a mixture's router is neither attention nor MLP"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_map_is_what_its_matrix_does(family: str) -> None:
+    # Written through `place`, read back through `matrix`, and seen by the forward pass.
+    model = encoder(family, 0)
+    batch = {name: value[:2] for name, value in batches(family, 1)[0].items()}
+    for map_ in discover(model, batch)[:9]:
+        before = map_.matrix(model.get_parameter)
+        solution = torch.arange(before.numel(), dtype=torch.float64).reshape(before.shape) / before.numel()
+        map_.place(solution, model.get_parameter)
+        torch.testing.assert_close(map_.matrix(model.get_parameter), solution, rtol=1e-6, atol=1e-6)
+        map_.place(before, model.get_parameter)
+        assert torch.equal(map_.matrix(model.get_parameter), before)
+
+
+def test_a_tied_output_projection_is_left_alone() -> None:
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
+    tied = transformers.AutoModelForCausalLM.from_config(config)
+    assert not any(map_.weight == "transformer.wte.weight" for map_ in discover(tied, probe()))
+    config.tie_word_embeddings = False
+    free = transformers.AutoModelForCausalLM.from_config(config)
+    assert [map_.weight for map_ in discover(free, probe())][-1] == "lm_head.weight"
+
+
+def test_watching_leaves_everything_as_it_was() -> None:
+    model = encoder("mixtral", 0)
+    fast, chosen = torch.backends.mha.get_fastpath_enabled(), model.config._experts_implementation
+    with pytest.raises(TypeError):
+        discover(model, {"input_ids": "no tensor"})  # type: ignore[dict-item]
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert model.config._experts_implementation == chosen
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_map_survives_json() -> None:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bmm.errors import CheckpointError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
-from bmm.regression import propagate
 from bmm.sources import fingerprint_inputs
 from bmm.store import Entry, Store
 
@@ -61,17 +59,3 @@ def test_only_the_walk_depends_on_its_reference(merged: Path, edit_recipe: Calla
     edit_recipe(merged, search={"per": "model", "trials": 3}, regression={"walk_lambda": 1.0})
     search(merged)
     assert len(walked(merged)) == 2 * len(first)
-
-
-def test_an_architecture_that_cannot_be_walked_is_the_users_to_change(
-    merged: Path, edit_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: object) -> None:
-        raise CheckpointError("set regression.mode to module-wise")
-
-    monkeypatch.setattr(propagate.Walk, "_enter", refuse)
-    edit_recipe(merged, regression={"walk_lambda": 0.5})
-    with pytest.raises(CheckpointError, match=r"set regression\.mode"):
-        search(merged)
-    edit_recipe(merged, regression={"mode": "module-wise"})
-    assert (search(merged) / "model.safetensors").exists()

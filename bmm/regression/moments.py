@@ -1,0 +1,121 @@
+"""What propagated regression needs to know of one group of maps: sums over rows, from which every `λ` follows.
+
+The regression itself is `bmm.regression.posterior`; where the rows come from is `bmm.regression.propagate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bmm.errors import BMMError
+from bmm.modules.linear import LinearMap
+from bmm.regression.posterior import Posterior, Spectrum, decompose, factor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the regression of one group needs, float64, each task weighted alike.
+
+    Attributes:
+        gram: `Σ_t X̃_tᵀX̃_t / rows_t`, `(in + 1, in + 1)`, or `(in, in)` where the maps have no bias.
+        cross: by map, `Σ_t Y_tᵀX̃_t / rows_t`, `(out, in + 1)` or `(out, in)`.
+        power: by map, `Σ_t Σ_rows Y_t² / rows_t`, `(out,)`.
+        rows: rows of all tasks together.
+    """
+
+    gram: Tensor
+    cross: Mapping[str, Tensor]
+    power: Mapping[str, Tensor]
+    rows: int
+
+    def spectrum(self, where: str) -> Spectrum:
+        """Return the Gram's eigendecomposition."""
+        return decompose(self.gram, where=where)
+
+    def posterior(self, spectrum: Spectrum, module: str, anchor: Tensor) -> Posterior:
+        """Return one map's posterior around the anchor `[W_a b_a]`, of the cross moment's shape."""
+        mean = anchor.to(torch.float64)
+        return factor(spectrum, mean, self.cross[module] - mean @ self.gram)
+
+    def error(self, module: str, solution: Tensor) -> float:
+        """Return `Σ_t ‖X̃_t [W b]ᵀ − Y_t‖² / rows_t` of one map's solution, of the cross moment's shape."""
+        product = solution @ self.gram - 2 * self.cross[module]
+        return float((product * solution).sum() + self.power[module].sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all sums by name, to be stored; `rows` stands beside them."""
+        named = {"gram": self.gram}
+        named |= {f"cross:{module}": value for module, value in self.cross.items()}
+        return named | {f"power:{module}": value for module, value in self.power.items()}
+
+
+def total(parts: Sequence[Moments]) -> Moments:
+    """Return the sum of moments, in the order given."""
+    gram = parts[0].gram.clone()
+    cross = {name: value.clone() for name, value in parts[0].cross.items()}
+    power = {name: value.clone() for name, value in parts[0].power.items()}
+    for part in parts[1:]:
+        gram += part.gram
+        for name in cross:
+            cross[name] += part.cross[name]
+            power[name] += part.power[name]
+    return Moments(gram, cross, power, sum(part.rows for part in parts))
+
+
+MINIMUM_ROUTED_ROWS = 16
+"""An expert of a mixture that fewer calibration tokens reach, over all tasks, keeps the anchor."""
+
+
+def trusted(moments: Moments, members: Sequence[LinearMap]) -> Moments:
+    """Return the moments, or zeros (which keep the anchor) for an expert of a mixture that too few tokens reached."""
+    if members[0].index is None or moments.rows >= MINIMUM_ROUTED_ROWS:
+        return moments
+    cross = {name: torch.zeros_like(value) for name, value in moments.cross.items()}
+    power = {name: torch.zeros_like(value) for name, value in moments.power.items()}
+    return Moments(torch.zeros_like(moments.gram), cross, power, moments.rows)
+
+
+class TaskSums:
+    """Sums over one task's batches: products in float32, sums in float64."""
+
+    def __init__(self, members: Sequence[LinearMap]) -> None:
+        self._members = members
+        self._bias = members[0].bias is not None
+        size = members[0].inputs + self._bias
+        self._gram = torch.zeros(size, size, dtype=torch.float64)
+        self._cross = {map_.module: torch.zeros(map_.outputs, size, dtype=torch.float64) for map_ in members}
+        self._power = {map_.module: torch.zeros(map_.outputs, dtype=torch.float64) for map_ in members}
+        self._rows = 0
+
+    def add(self, inputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Add rows `(rows, in)` and, for each map, its targets `(rows, out)`."""
+        rows = inputs.to(torch.float32)
+        if self._bias:
+            rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+        self._gram += (rows.T @ rows).to(torch.float64)
+        for name, target in targets.items():
+            target = target.to(torch.float32)
+            self._cross[name] += (target.T @ rows).to(torch.float64)
+            self._power[name] += target.square().sum(0, dtype=torch.float64)
+        self._rows += len(rows)
+
+    def moments(self) -> Moments:
+        """Return the sums over the number of rows.
+
+        Raises:
+            BMMError: an input or a target was not finite.
+        """
+        sums = [self._gram, *self._cross.values(), *self._power.values()]
+        if not all(bool(torch.isfinite(value).all()) for value in sums):
+            raise BMMError(f"the inputs or answers of {self._members[0].module} are not finite on the calibration rows")
+        scale = 1.0 / max(self._rows, 1)
+        return Moments(
+            self._gram * scale,
+            {name: value * scale for name, value in self._cross.items()},
+            {name: value * scale for name, value in self._power.items()},
+            self._rows,
+        )

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bmm.errors import BMMError
+from bmm.modules.linear import LinearMap
+from bmm.regression.moments import TaskSums, total
+
+MAP = LinearMap("m", 2, 3, "m", "other", None, "m.weight", "m.bias")
+
+
+def data(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 3, generator=generator), torch.randn(rows, 2, generator=generator)
+
+
+def sums(tasks: list[tuple[torch.Tensor, torch.Tensor]]) -> TaskSums:
+    found = TaskSums([MAP])
+    for inputs, targets in tasks:
+        found.add(inputs, {"m": targets})
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_each_task_counts_alike_and_the_error_is_that_of_its_rows(seed: int, sizes: list[int]) -> None:
+    tasks = [data(seed + place, size) for place, size in enumerate(sizes)]
+    moments = total([sums([task]).moments() for task in tasks])
+    solution = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    wanted = 0.0
+    for inputs, targets in tasks:
+        rows = torch.cat([inputs.double(), torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+        wanted += float((rows @ solution.T - targets.double()).square().sum() / len(rows))
+    assert moments.error("m", solution) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert moments.rows == sum(sizes)
+
+
+def test_batches_add_up_to_their_task() -> None:
+    inputs, targets = data(0, 20)
+    parts = sums([(inputs[:7], targets[:7]), (inputs[7:], targets[7:])]).moments()
+    whole = sums([(inputs, targets)]).moments()
+    torch.testing.assert_close(parts.gram, whole.gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.cross["m"], whole.cross["m"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_answer_that_is_not_finite_is_named() -> None:
+    inputs, targets = data(0, 5)
+    targets[2, 1] = torch.nan
+    with pytest.raises(BMMError, match="the inputs or answers of m are not finite"):
+        sums([(inputs, targets)]).moments()
