@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
 from bmm.evaluation.data import Split
+from bmm.evaluation.metrics import Measured
 from bmm.evaluation.model import Prepared, TaskModel
 from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import reading
@@ -66,12 +65,14 @@ class Panel:
         """Return the number of rows of a split."""
         return len(self._split(task, split).rows)
 
-    def correct(self, task: str, split: str, logits: torch.Tensor) -> NDArray[np.bool_]:
-        """Return, for each row of a split, whether its answer is right."""
-        kind = kind_of(self._experts[task].task["kind"])
-        return kind.correct(self._split(task, split).rows, logits)
+    def measured(self, task: str, split: str, answers: torch.Tensor) -> Measured:
+        """Return what a model's answers on a split are worth, by the task's metric."""
+        said = self._experts[task].task
+        metric = kind_of(said["kind"]).metrics[said["metric"]]
+        labels = [row.label for row in self._split(task, split).rows]
+        return Measured(metric, metric.statistics(answers, labels))
 
-    def evaluate(self, state: EncoderState, split: str) -> dict[str, NDArray[np.bool_]]:
+    def evaluate(self, state: EncoderState, split: str) -> dict[str, Measured]:
         """Run encoder weights on one split of every task; nothing is kept.
 
         Raises:
@@ -82,13 +83,13 @@ class Panel:
         with progress(f"evaluating {split}", sum(self.rows(task, split) for task in self.tasks)) as bar:
             for task in self.tasks:
                 model = self._model(task)
-                found[task] = self.correct(task, split, model.logits(self._ready(task, split), bar))
+                found[task] = self.measured(task, split, model.logits(self._ready(task, split), bar))
         return found
 
     def predictions(
         self, encoder: str, state: Callable[[], EncoderState], tasks: Sequence[str], split: str, what: str
-    ) -> dict[str, NDArray[np.bool_]]:
-        """Return, by task and row, whether an encoder answers right; runs only what the store does not have.
+    ) -> dict[str, Measured]:
+        """Return, by task, what an encoder's answers are worth; runs only what the store does not have.
 
         Args:
             encoder: digest of the encoder's weights.
@@ -112,7 +113,7 @@ class Panel:
 
                 artefact = self._work.read(self._work.obtain("predictions", self._inputs(encoder, task, split), make))
                 logits = load_file(artefact.file("logits.safetensors"))["logits"]
-                found[task] = self.correct(task, split, logits)
+                found[task] = self.measured(task, split, logits)
         return found
 
     def _inputs(self, encoder: str, task: str, split: str) -> dict[str, Any]:

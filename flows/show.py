@@ -90,7 +90,7 @@ def gram_table(found: Mapping[str, Any]) -> Table:
 
 
 def evaluation_table(found: Mapping[str, Any]) -> Table:
-    """Return a checkpoint's accuracy by task beside the experts'."""
+    """Return a checkpoint's scores by task beside the experts'."""
     share = found["share_of_experts"]
     table = _table(
         f"{share['mean']:.1%} of the experts' mean ({share['low']:.1%} to {share['high']:.1%}), {found['split']} rows"

@@ -17,11 +17,11 @@ def _show(store: Store, result: Result) -> None:
         {"task": task, **{name: entry[name] for name in ("base", "expert", "anchor", "merged")}}
         for task, entry in sorted(found["metrics"]["test"].items(), key=lambda item: item[0] == "mean")
     ]
-    create_table_artifact(tasks, key="bmm-test-accuracy", description="Accuracy on the test rows")
+    create_table_artifact(tasks, key="bmm-test-scores", description="Score on the test rows, by each task's metric")
     methods = [
-        {"method": row["method"], **row["share_of_experts"], "mean accuracy": row["mean"]} for row in found["methods"]
+        {"method": row["method"], **row["share_of_experts"], "mean score": row["mean"]} for row in found["methods"]
     ]
-    create_table_artifact(methods, key="bmm-methods", description="Share of the experts' mean test accuracy")
+    create_table_artifact(methods, key="bmm-methods", description="Share of the experts' mean test score")
 
 
 evaluate = stage_task(

@@ -30,7 +30,7 @@ def show_summary(merge: Merge) -> None:
     low, high = mean["intervals"]["share_of_experts"]["merged"]
     create_markdown_artifact(
         f"The merged model keeps **{merge.share_of_experts:.1%}** ({low:.1%} to {high:.1%}) of its experts' mean "
-        f"test accuracy.\n\nIt lies in `{merge.output}`, with `report.html` beside it.",
+        f"test score.\n\nIt lies in `{merge.output}`, with `report.html` beside it.",
         key="bmm-merge",
         description="Outcome of the merge",
     )

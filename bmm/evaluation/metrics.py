@@ -1,7 +1,7 @@
-"""Accuracy, shares of the experts, and how sure one can be of them.
+"""Scores, shares of the experts, and how sure one can be of them.
 
-Lives here: figures computed from boolean arrays that say which rows a model got right. Does not live here:
-running models (`bmm.evaluation.model`) and drawing the figures (`bmm.report`).
+Lives here: figures computed from the statistics of rows, whatever the metric. Does not live here: the metrics
+(`bmm.evaluation.scores`), running models (`bmm.evaluation.model`) and drawing the figures (`bmm.report`).
 
 Two summaries over tasks look alike and are not: the table reports `share_of_experts`, the ratio of means; the
 search maximises `mean_ratio_to_expert`, the mean of ratios, so that a task on which everybody is poor counts
@@ -15,13 +15,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from bmm.digest import digest_text
 from bmm.errors import BMMError
+from bmm.evaluation.scores import Metric, Statistics
 
-Correct = Mapping[str, Mapping[str, NDArray[np.bool_]]]
-"""Task -> model -> which rows it got right, (rows,); all models of a task over the same rows in order."""
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model answered on the rows of one task: the metric's statistics, (rows, k) float64."""
+
+    metric: Metric
+    statistics: Statistics
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    @property
+    def score(self) -> float:
+        """The metric over all rows."""
+        return float(self.metric.score(self.statistics.sum(axis=0)))
+
+    @property
+    def also(self) -> dict[str, float]:
+        """The metric's further figures over all rows."""
+        sums = self.statistics.sum(axis=0)
+        return {name: float(figure(sums)) for name, figure in self.metric.also.items()}
+
+
+Measurements = Mapping[str, Mapping[str, Measured]]
+"""Task -> model -> its measured answers; all models of a task by one metric over the same rows in order."""
 
 _COUNTS_BYTES = 32 * 2**20
 
@@ -47,43 +71,26 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def correct_rows(logits: ArrayLike, labels: Sequence[int]) -> NDArray[np.bool_]:
-    """Return which rows are classified correctly, (rows,); of equal logits the first class counts.
-
-    Args:
-        logits: (rows, classes), an array or a tensor on the CPU.
-        labels: (rows,) class ids.
-    """
-    scores = np.asarray(logits)
-    if scores.ndim != 2 or scores.shape[0] != len(labels):
-        raise BMMError(f"logits of shape {scores.shape} do not belong to {len(labels)} labels")
-    return np.asarray(scores.argmax(axis=1) == np.asarray(labels))
-
-
-def accuracy(correct: NDArray[np.bool_]) -> float:
-    """Return the share of rows that are correct, between 0 and 1."""
-    return float(np.mean(correct))
-
-
 def share_of_experts(model: Mapping[str, float], expert: Mapping[str, float]) -> float:
-    """Return the model's mean accuracy over tasks divided by the experts' mean: the figure of the table.
+    """Return the model's mean score over tasks divided by the experts' mean: the figure of the table.
 
     Raises:
-        BMMError: every expert has accuracy 0.
+        BMMError: the experts' mean is not above 0.
     """
     return float(_share(*(_column(values, expert) for values in (model, expert))))
 
 
 def mean_ratio_to_expert(model: Mapping[str, float], expert: Mapping[str, float]) -> float:
-    """Return the mean over tasks of model accuracy / expert accuracy: what the search maximises.
+    """Return the mean over tasks of model score / expert score: what the search maximises.
 
     Raises:
-        BMMError: an expert has accuracy 0.
+        BMMError: an expert's score is not above 0.
     """
     for task, value in expert.items():
-        if value == 0:
+        if not value > 0:
             raise BMMError(
-                f"the expert of {task} has accuracy 0, so that nothing can be a share of it; check its data and labels"
+                f"the expert of {task} has the score {value:g}, so that nothing can be a share of it; "
+                "check its data and labels"
             )
     return float(np.mean([model[task] / value for task, value in expert.items()]))
 
@@ -93,24 +100,24 @@ class Bootstrap:
 
     Each task draws from its own stream, seeded by `seed` and the task's name, so that further models or tasks
     leave the intervals of the others as they are. A resample is a multinomial count for each row, so that
-    `samples` accuracies are one product `(samples, rows) x (rows, models)`, done in pieces of bounded memory.
+    `samples` sums of statistics are one product `(samples, rows) x (rows, k)`, done in pieces of bounded memory.
     """
 
-    def __init__(self, correct: Correct, *, samples: int, seed: int, confidence: float) -> None:
-        _check(correct)
+    def __init__(self, measured: Measurements, *, samples: int, seed: int, confidence: float) -> None:
+        _check(measured)
         self._confidence = confidence
-        self._replicates = {task: _resample(models, task, samples, seed) for task, models in correct.items()}
+        self._replicates = {task: _resample(models, task, samples, seed) for task, models in measured.items()}
 
-    def accuracy(self, task: str, model: str) -> Interval:
-        """Return the interval of one model's accuracy on one task."""
+    def score(self, task: str, model: str) -> Interval:
+        """Return the interval of one model's score on one task."""
         return self._interval(self._replicates[task][model])
 
     def mean(self, model: str) -> Interval:
-        """Return the interval of a model's mean accuracy over tasks."""
+        """Return the interval of a model's mean score over tasks."""
         return self._interval(self._means(model))
 
     def share_of_experts(self, model: str, expert: str = "expert") -> Interval:
-        """Return that of `share_of_experts`; resamples in which all experts have accuracy 0 are left out.
+        """Return that of `share_of_experts`; resamples in which the experts' mean is not above 0 are left out.
 
         Raises:
             BMMError: there is no other resample.
@@ -120,7 +127,7 @@ class Bootstrap:
         return self._interval(_share_of_means(self._means(model)[usable], experts[usable]))
 
     def difference(self, model: str, other: str, task: str | None = None) -> Interval:
-        """Return the paired interval of accuracy(model) - accuracy(other), on one task or their mean."""
+        """Return the paired interval of score(model) - score(other), on one task or their mean."""
         if task is not None:
             return self._interval(self._replicates[task][model] - self._replicates[task][other])
         return self._interval(self._means(model) - self._means(other))
@@ -135,33 +142,34 @@ class Bootstrap:
         return Interval(float(low), float(high))
 
 
-def summarise(correct: Correct, *, samples: int, seed: int, confidence: float) -> dict[str, Any]:
+def summarise(measured: Measurements, *, samples: int, seed: int, confidence: float) -> dict[str, Any]:
     """Return the `metrics` part of merge.json for one split: one entry a task, and `mean` over tasks.
 
     Args:
-        correct: needs the models base, expert, anchor and merged for every task; others are left out.
+        measured: needs the models base, expert, anchor and merged for every task; others are left out.
         samples: bootstrap resamples.
         seed: of the bootstrap.
         confidence: of the intervals.
 
     Raises:
-        BMMError: an array is missing or of another length, a task is called "mean", or all experts have
-            accuracy 0.
+        BMMError: an array is missing or of another length, a task is called "mean", or the experts' mean
+            is not above 0.
     """
     names = ("base", "expert", "anchor", "merged")
-    if "mean" in correct:
+    if "mean" in measured:
         raise BMMError("a task cannot be called 'mean', which is where the means over tasks stand; rename the expert")
-    correct = {task: _picked(models, names, task) for task, models in correct.items()}
-    bootstrap = Bootstrap(correct, samples=samples, seed=seed, confidence=confidence)
-    exact = _accuracies(correct, names)
+    measured = {task: _picked(models, names, task) for task, models in measured.items()}
+    bootstrap = Bootstrap(measured, samples=samples, seed=seed, confidence=confidence)
+    exact = _scores(measured, names)
     metrics: dict[str, Any] = {
         task: {
-            "metric": "accuracy",
+            "metric": models["expert"].metric.name,
             "rows": len(models["expert"]),
             **{name: exact[name][task] for name in names},
-            "intervals": {name: bootstrap.accuracy(task, name).document() for name in names},
+            "intervals": {name: bootstrap.score(task, name).document() for name in names},
+            **_also({name: models[name].also for name in names}),
         }
-        for task, models in correct.items()
+        for task, models in measured.items()
     }
     compared = ("base", "anchor", "merged")
     metrics["mean"] = {
@@ -173,25 +181,25 @@ def summarise(correct: Correct, *, samples: int, seed: int, confidence: float) -
 
 
 def method_rows(
-    correct: Correct, methods: Sequence[Method], *, samples: int, seed: int, confidence: float
+    measured: Measurements, methods: Sequence[Method], *, samples: int, seed: int, confidence: float
 ) -> list[dict[str, Any]]:
     """Return the `methods` rows of merge.json: base, experts, `methods` in order, last the merged model.
 
     Args:
-        correct: needs base, expert, merged and the model of each of `methods` for every task.
+        measured: needs base, expert, merged and the model of each of `methods` for every task.
         methods: the rows between the experts and the merged model.
         samples: bootstrap resamples.
         seed: of the bootstrap.
         confidence: of the intervals.
 
     Raises:
-        BMMError: an array is missing or of another length, or all experts have accuracy 0.
+        BMMError: an array is missing or of another length, or the experts' mean is not above 0.
     """
     rows = [Method("base", "base"), Method("expert", "experts"), *methods, Method("merged", "merged")]
     names = tuple(dict.fromkeys(row.model for row in rows))
-    correct = {task: _picked(models, names, task) for task, models in correct.items()}
-    bootstrap = Bootstrap(correct, samples=samples, seed=seed, confidence=confidence)
-    exact = _accuracies(correct, names)
+    measured = {task: _picked(models, names, task) for task, models in measured.items()}
+    bootstrap = Bootstrap(measured, samples=samples, seed=seed, confidence=confidence)
+    exact = _scores(measured, names)
     document = []
     for row in rows:
         interval = bootstrap.share_of_experts(row.model)
@@ -211,22 +219,19 @@ def method_rows(
     return document
 
 
-def _resample(
-    models: Mapping[str, NDArray[np.bool_]], task: str, samples: int, seed: int
-) -> dict[str, NDArray[np.float64]]:
-    """Return the accuracies (samples,) of every model of one task over the same resamples of its rows."""
-    stacked = np.stack([np.asarray(correct, dtype=np.float64) for correct in models.values()], axis=1)
-    rows = len(stacked)
+def _resample(models: Mapping[str, Measured], task: str, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Return the scores (samples,) of every model of one task over the same resamples of its rows."""
+    rows = len(next(iter(models.values())))
     generator = np.random.default_rng([seed, int(digest_text(task)[:16], 16)])
     chunk = max(1, _COUNTS_BYTES // (8 * rows))
-    pieces = []
+    pieces: dict[str, list[NDArray[np.float64]]] = {name: [] for name in models}
     for start in range(0, samples, chunk):
-        counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=min(chunk, samples - start))
-        # Sums of whole numbers are exact in float64, so neither the chunk nor the order of the product
-        # matters.
-        pieces.append(counts.astype(np.float64) @ stacked / rows)
-    replicates = np.concatenate(pieces)
-    return {name: replicates[:, column] for column, name in enumerate(models)}
+        size = min(chunk, samples - start)
+        counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
+        # Model by model, so that no rounding of one depends on which others there are.
+        for name, measured in models.items():
+            pieces[name].append(np.asarray(measured.metric.score(counts @ measured.statistics), dtype=np.float64))
+    return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
 
 def _share(model: NDArray[np.float64], expert: NDArray[np.float64]) -> float:
@@ -234,9 +239,9 @@ def _share(model: NDArray[np.float64], expert: NDArray[np.float64]) -> float:
 
 
 def _share_of_means(model: Any, expert: Any) -> Any:
-    if np.size(expert) == 0 or np.any(expert == 0):
+    if np.size(expert) == 0 or not np.all(expert > 0):
         raise BMMError(
-            "the experts' mean accuracy is 0, so that nothing can be a share of it; check their data and labels"
+            "the experts' mean score is not above 0, so that nothing can be a share of it; check their data and labels"
         )
     return model / expert
 
@@ -245,26 +250,38 @@ def _column(values: Mapping[str, float], tasks: Iterable[str]) -> NDArray[np.flo
     return np.array([values[task] for task in tasks], dtype=np.float64)
 
 
-def _accuracies(correct: Correct, names: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Return model -> task -> accuracy."""
-    return {name: {task: accuracy(models[name]) for task, models in correct.items()} for name in names}
+def _scores(measured: Measurements, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Return model -> task -> score."""
+    return {name: {task: models[name].score for task, models in measured.items()} for name in names}
 
 
-def _picked(models: Mapping[str, NDArray[np.bool_]], names: Iterable[str], task: str) -> dict[str, NDArray[np.bool_]]:
+def _also(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Turn model -> figure -> value round, into figure -> model -> value."""
+    turned: dict[str, dict[str, float]] = {}
+    for model, values in figures.items():
+        for name, value in values.items():
+            turned.setdefault(name, {})[model] = value
+    return turned
+
+
+def _picked(models: Mapping[str, Measured], names: Iterable[str], task: str) -> dict[str, Measured]:
     missing = [name for name in names if name not in models]
     if missing:
         raise BMMError(f"the task {task} has no result of the model '{missing[0]}'")
     return {name: models[name] for name in names}
 
 
-def _check(correct: Correct) -> None:
+def _check(measured: Measurements) -> None:
     """Refuse anything that could not be resampled in pairs."""
-    if not correct:
+    if not measured:
         raise BMMError("there is no task to summarise")
-    for task, models in correct.items():
-        shapes = {np.shape(array) for array in models.values()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 1 or 0 in next(iter(shapes)):
+    for task, models in measured.items():
+        shapes = {np.shape(one.statistics) for one in models.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
             raise BMMError(f"the models of the task {task} were not run over the same rows: shapes {sorted(shapes)}")
-        for name, array in models.items():
-            if np.asarray(array).dtype != np.bool_:
-                raise BMMError(f"the result of '{name}' on the task {task} is not an array of booleans")
+        metrics = {one.metric.name for one in models.values()}
+        if len(metrics) != 1:
+            raise BMMError(f"the models of the task {task} were not measured alike: {', '.join(sorted(metrics))}")
+        for name, one in models.items():
+            if not np.isfinite(one.statistics).all():
+                raise BMMError(f"the result of '{name}' on the task {task} is not finite")

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.evaluation.data import Split, read_columns
 from bmm.evaluation.labels import label_ids
-from bmm.evaluation.metrics import correct_rows
 from bmm.evaluation.model import TaskModel, build_module
+from bmm.evaluation.scores import CLASSIFICATION
 from bmm.kinds.images import ImageReader, ImageRow, decoded_images, read_images, write_images
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import ImageClassification, SplitSource
@@ -26,6 +24,7 @@ class ImageClassificationKind(Kind):
 
     name = "image-classification"
     architecture = Architecture("AutoModelForImageClassification", "image classifier")
+    metrics = CLASSIFICATION
 
     @override
     def load_split(
@@ -72,8 +71,3 @@ class ImageClassificationKind(Kind):
         """Return two grey images of the size that the image processor makes."""
         grey = ImageRow.grey()
         return next(model.batches(model.prepare([grey, grey])))
-
-    @override
-    def correct(self, rows: Sequence[ImageRow], answers: torch.Tensor) -> NDArray[np.bool_]:
-        """Say where the largest logit is the label's."""
-        return correct_rows(answers, [row.label for row in rows])

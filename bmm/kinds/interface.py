@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
 from bmm.evaluation.data import Row, Split
 from bmm.evaluation.model import TaskModel
+from bmm.evaluation.scores import Metric
 from bmm.kinds.settings import SplitSource
 
 
@@ -29,10 +28,12 @@ class Kind(ABC):
     Attributes:
         name: the recipe's word for it.
         architecture: what transformers calls its models.
+        metrics: by the recipe's word, what its answers can be measured by; they take a row's `label`.
     """
 
     name: ClassVar[str]
     architecture: ClassVar[Architecture]
+    metrics: ClassVar[Mapping[str, Metric]]
 
     def labels(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Return the expert's class names in the order of their ids.
@@ -93,10 +94,6 @@ class Kind(ABC):
     @abstractmethod
     def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
         """Return a small batch of inputs of the encoder's forward pass, of any values."""
-
-    @abstractmethod
-    def correct(self, rows: Sequence[Any], answers: torch.Tensor) -> NDArray[np.bool_]:
-        """Return for each row whether its answer is right, (rows,), given the model's `logits`."""
 
 
 def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -31,6 +31,12 @@ class SplitSource(Part):
     seed: int = Field(default=0, ge=0)
 
 
+ClassMetric = Annotated[
+    Literal["accuracy", "f1", "f1-macro", "matthews"],
+    Field(description="f1 is that of class 1; matthews is the correlation coefficient of two or more classes"),
+]
+
+
 class _Task(Part):
     calibration: SplitSource
     validation: SplitSource
@@ -42,24 +48,26 @@ class _Task(Part):
 
 
 class TextClassification(_Task):
-    """One text (or pair of texts) a row, one label out of a fixed set; the metric is accuracy."""
+    """One text (or pair of texts) a row, one label out of a fixed set."""
 
     kind: Literal["text-classification"] = "text-classification"
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
     max_length: int = Field(default=128, ge=4, description="tokens a row, longer rows are cut")
+    metric: ClassMetric = "accuracy"
 
 
 # Every kind but the default must be named, so that in the published schema exactly one fits.
 class ImageClassification(_Task):
-    """One image a row, one label out of a fixed set; the metric is accuracy."""
+    """One image a row, one label out of a fixed set."""
 
     kind: Literal["image-classification"]
     image: str = Field(
         default="image", description="the column of images, or of their paths relative to the recipe's folder"
     )
     label: str = "label"
+    metric: ClassMetric = "accuracy"
 
 
 def _with_kind(value: Any) -> Any:
@@ -71,14 +79,14 @@ Task = Annotated[
     BeforeValidator(_with_kind),
 ]
 
-# Where a row's parts stand in its file: the rows themselves are known by what they hold.
-_COLUMNS = frozenset({"text", "text_pair", "label", "image"})
+# Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
+_NOT_READ = frozenset({"text", "text_pair", "label", "image", "metric"})
 
 
 def reading(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a task (as JSON) that decide how a model reads a row: a part of keys.
 
-    Columns and splits are left out; a setting that is not known to be one of these is kept.
+    Columns, splits and the metric are left out; a setting that is not known to be one of these is kept.
     """
-    left_out = _COLUMNS | {"calibration", "validation", "test"}
+    left_out = _NOT_READ | {"calibration", "validation", "test"}
     return {name: value for name, value in task.items() if name not in left_out}

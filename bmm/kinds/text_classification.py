@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.evaluation.data import Split, read_columns
 from bmm.evaluation.labels import label_ids
-from bmm.evaluation.metrics import correct_rows
 from bmm.evaluation.model import TaskModel, build_module
+from bmm.evaluation.scores import CLASSIFICATION
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import SplitSource, TextClassification
 from bmm.kinds.texts import TextReader, TextRow, text_rows
@@ -28,6 +26,7 @@ class TextClassificationKind(Kind):
 
     name = "text-classification"
     architecture = Architecture("AutoModelForSequenceClassification", "text classifier")
+    metrics = CLASSIFICATION
 
     @override
     def load_split(
@@ -65,8 +64,3 @@ class TextClassificationKind(Kind):
         """Return a few tokens."""
         tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-    @override
-    def correct(self, rows: Sequence[TextRow], answers: torch.Tensor) -> NDArray[np.bool_]:
-        """Say where the largest logit is the label's."""
-        return correct_rows(answers, [int(row.label) for row in rows])

@@ -37,8 +37,8 @@ from bmm.report.findings import Document
 from bmm.report.heatmap import lambda_map
 
 TITLES = {
-    "tasks": "Test accuracy by task: base, anchor, merged and expert",
-    "methods": "Share of the experts' mean test accuracy, by method",
+    "tasks": "Test scores by task: base, anchor, merged and expert",
+    "methods": "Share of the experts' mean test score, by method",
     "search": "Search progress: objective of each trial",
     "lambda": "Prior strength by layer and module type",
 }

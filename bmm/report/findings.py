@@ -176,6 +176,12 @@ def best_anchor(document: Document) -> MethodShare | None:
     return MethodShare(name, method_label(name), {}, mean(document).get("anchor"), value, interval)
 
 
+def metric_word(document: Document) -> str:
+    """Return what the tasks are measured by, in a word: the metric that all share, else "score"."""
+    names = {str(entry.get("metric", "score")) for entry in tasks(document).values()}
+    return names.pop() if len(names) == 1 else "score"
+
+
 def treatments(document: Document) -> list[TreatmentTotal]:
     """Return the coverage added up by treatment, the known ones first; treatments nobody got are left out."""
     parameters: dict[str, int] = {}
@@ -197,9 +203,8 @@ def opening(document: Document) -> str:
     value, interval = share(document, "merged")
     if value is None:
         return f"{start}."
-    only_accuracy = {entry.get("metric") for entry in tasks(document).values()} == {"accuracy"}
-    what = "accuracy" if only_accuracy else "score"
-    sentence = f"{start}: it keeps {percent_with_interval(value, interval)} of their test {what}"
+    kept = percent_with_interval(value, interval)
+    sentence = f"{start}: it keeps {kept} of their test {metric_word(document)}"
     anchor = best_anchor(document)
     if anchor is not None:
         kept = percent_with_interval(anchor.share, anchor.interval)

@@ -136,7 +136,7 @@ def task_rows(document: Document, split: str) -> list[dict[str, Any]]:
     rows = [_task_row(name, entry) for name, entry in findings.tasks(document, split).items()]
     mean = findings.mean(document, split)
     if rows and mean:
-        # The mean's own intervals are of shares, not of accuracies.
+        # The mean's own intervals are of shares, not of scores.
         rows.append({**_task_row("mean over the tasks", {**mean, "intervals": {}}), "mean": True})
     return rows
 

@@ -31,13 +31,14 @@ def console_table(document: Document) -> Group:
 
 def task_table(document: Document) -> Table:
     """Return one row a task: base, expert, anchor and merged in per cent, and merged − expert in points."""
-    table = _table("Test score by task, %", caption=_share_line(document))
+    word = findings.metric_word(document)
+    table = _table(f"Test {word} by task, %", caption=_share_line(document))
     table.add_column("task", overflow="fold", ratio=1)
     for role in ROLES:
         table.add_column(role, justify="right", no_wrap=True, style=HIGHLIGHT if role == "merged" else None)
     table.add_column("Δ expert", justify="right", no_wrap=True)
     for name, entry in findings.tasks(document).items():
-        _add_task(table, name, entry)
+        _add_task(table, f"{name} ({entry['metric']})" if word == "score" and "metric" in entry else name, entry)
     mean = findings.mean(document)
     if mean:
         table.add_section()

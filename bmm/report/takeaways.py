@@ -26,7 +26,7 @@ def tasks_sentence(document: Document) -> str:
     }
     if not differences:
         return ""
-    # Accuracies are multiples of one over the rows, so a point is a point only up to rounding.
+    # Scores are often multiples of one over the rows, so a point is a point only up to rounding.
     near = sum(difference >= -0.01 - 1e-9 for difference in differences.values())
     sentence = f"On {near} of {len(differences)} tasks the merged model is at most one point below its expert"
     if near == 0:
@@ -71,7 +71,7 @@ def search_sentence(document: Document) -> str:
         return ""
     sentence = (
         f"Trial {best['index']} ({best.get('origin', 'unknown')}) was the best of {len(trials)}: it keeps "
-        f"{findings.percent(best['objective'])} of the experts' validation accuracy"
+        f"{findings.percent(best['objective'])} of the experts' validation {findings.metric_word(document)}"
     )
     anchor = next((trial for trial in trials if trial.get("origin") == "anchor"), None)
     if anchor is not None and anchor["index"] != best["index"]:

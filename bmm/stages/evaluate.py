@@ -10,13 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings
-from bmm.evaluation.metrics import Bootstrap, Method, accuracy, method_rows, share_of_experts, summarise
+from bmm.evaluation.metrics import Bootstrap, Measured, Method, method_rows, share_of_experts, summarise
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import EvaluationSettings, Recipe
 from bmm.sources import Inputs, Model
@@ -26,7 +24,7 @@ from bmm.stages.search import expert_predictions, panel_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
 
-Answers = dict[str, dict[str, NDArray[np.bool_]]]
+Answers = dict[str, dict[str, Measured]]
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,12 @@ def evaluate(work: Work, request: Request) -> dict[str, Any]:
 
 def _answers(setup: Setup, panel: Panel, contenders: Sequence[Contender], split: str) -> Answers:
     answers: Answers = {task: {} for task in panel.tasks}
-    for task, correct in expert_predictions(setup, panel, split).items():
-        answers[task]["expert"] = correct
+    for task, measured in expert_predictions(setup, panel, split).items():
+        answers[task]["expert"] = measured
     for contender in contenders:
         found = panel.predictions(contender.digest, contender.state, panel.tasks, split, contender.name)
-        for task, correct in found.items():
-            answers[task][contender.name] = correct
+        for task, measured in found.items():
+            answers[task][contender.name] = measured
     return answers
 
 
@@ -148,18 +146,18 @@ def evaluate_checkpoint(
     bootstrap = Bootstrap(
         answers, samples=settings.bootstrap_samples, seed=settings.bootstrap_seed, confidence=settings.confidence
     )
-    measured = {name: {task: accuracy(answers[task][name]) for task in panel.tasks} for name in ("model", "expert")}
+    measured = {name: {task: answers[task][name].score for task in panel.tasks} for name in ("model", "expert")}
     interval = bootstrap.share_of_experts("model")
     return {
         "model": model.to_json(),
         "split": split,
         "tasks": {
             task: {
-                "metric": "accuracy",
+                "metric": answers[task]["model"].metric.name,
                 "rows": panel.rows(task, split),
                 "expert": measured["expert"][task],
                 "model": measured["model"][task],
-                "interval": bootstrap.accuracy(task, "model").document(),
+                "interval": bootstrap.score(task, "model").document(),
             }
             for task in panel.tasks
         },

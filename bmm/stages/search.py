@@ -14,7 +14,7 @@ import torch
 
 from bmm.assembly import Assembler, Solved, module_wise, propagated
 from bmm.errors import CheckpointError
-from bmm.evaluation.metrics import accuracy, mean_ratio_to_expert
+from bmm.evaluation.metrics import Measured, mean_ratio_to_expert
 from bmm.grams.store import GramReader
 from bmm.prediction import Panel, StoredWeights
 from bmm.progress import progress
@@ -58,8 +58,8 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
     places = [ModulePlace(map_.module, map_.type, map_.layer) for map_ in setup.regressed]
     groups = groups_of(places, settings.per)
     space = Space(tuple(dict.fromkeys(groups.values())), settings.log10_lambda, settings.gamma)
-    expert_accuracy = {
-        expert: accuracy(correct) for expert, correct in expert_predictions(setup, panel, "validation").items()
+    expert_scores = {
+        expert: measured.score for expert, measured in expert_predictions(setup, panel, "validation").items()
     }
     with setup.weights() as weights:
         if request.settings["regression"]["mode"] == "propagated":
@@ -84,15 +84,15 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
         def evaluate(chosen: Mapping[str, Setting]) -> Outcome:
             regressed = assembler.weights({module: chosen[group] for module, group in groups.items()})
             state = {**rest, **{name: tensor.to(dtypes[name]) for name, tensor in regressed.items()}}
-            found = {task: accuracy(correct) for task, correct in panel.evaluate(state, "validation").items()}
-            return Outcome(mean_ratio_to_expert(found, expert_accuracy), found)
+            found = {task: measured.score for task, measured in panel.evaluate(state, "validation").items()}
+            return Outcome(mean_ratio_to_expert(found, expert_scores), found)
 
         identity = {"inputs": dict(request.inputs), "settings": dict(request.settings)}
         draft.progress.mkdir(parents=True, exist_ok=True)
         study = Study.open(draft.progress / "trials.jsonl", identity)
         best = search(space, evaluate, study, settings.trials, settings.seed)
         _write_best(draft, setup, assembler, weights, anchor.read_json("treatments.json"), groups, best, rest, dtype)
-        _write_trials(draft, study, best, settings, expert_accuracy)
+        _write_trials(draft, study, best, settings, expert_scores)
 
 
 def _write_best(
@@ -147,13 +147,13 @@ def _regressed(solved: Mapping[str, Solved], setting: Setting) -> dict[str, Any]
 
 
 def _write_trials(
-    draft: Draft, study: Study, best: Trial, settings: SearchSettings, expert_accuracy: Mapping[str, float]
+    draft: Draft, study: Study, best: Trial, settings: SearchSettings, expert_scores: Mapping[str, float]
 ) -> None:
     document = {
         "per": settings.per,
         "objective": settings.objective,
         "seed": settings.seed,
-        "expert": dict(expert_accuracy),
+        "expert": dict(expert_scores),
         "trials": [trial.to_json() for trial in study.trials],
         "best": {
             "index": best.index,
@@ -194,8 +194,8 @@ def panel_of(work: Work, request: Request, setup: Setup) -> Panel:
     return Panel(work, setup.experts, artefacts, setup.layout, request.settings["batch_size"])
 
 
-def expert_predictions(setup: Setup, panel: Panel, split: str) -> dict[str, Any]:
-    """Return, for each task, which rows its own expert answers right."""
+def expert_predictions(setup: Setup, panel: Panel, split: str) -> dict[str, Measured]:
+    """Return, for each task, what its own expert's answers are worth."""
     found = {}
     with setup.weights() as weights:
         for index, expert in enumerate(setup.experts):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bmm.errors import ArtefactDamagedError
+from bmm.evaluation.metrics import Measured
 from bmm.plan import cached_results
 from bmm.prediction import Panel, StoredWeights, read_split
 from bmm.recipe import Recipe
@@ -21,6 +22,10 @@ from bmm.stages.setup import Setup, setup_of
 from bmm.store import Store
 
 TASKS = ["task0", "task1", "task2"]
+
+
+def right(measured: Measured) -> list[bool]:
+    return [bool(row[0]) for row in measured.statistics]
 
 
 class Opened:
@@ -66,7 +71,7 @@ def answers(folder: Path, task: str, split: str, encoder: dict[str, torch.Tensor
 @pytest.mark.parametrize("task", TASKS)
 def test_an_expert_answers_as_transformers_says(opened: Opened, merged: Path, task: str) -> None:
     found = opened.panel.evaluate(opened.expert(TASKS.index(task)), "test")[task]
-    assert found.tolist() == answers(merged, task, "test").tolist()
+    assert right(found) == answers(merged, task, "test").tolist()
     assert opened.panel.rows(task, "test") == 60
 
 
@@ -74,7 +79,7 @@ def test_one_encoder_serves_every_task_with_its_own_head(opened: Opened, merged:
     for index in (2, 0):
         state = opened.expert(index)
         for task, found in opened.panel.evaluate(state, "validation").items():
-            assert found.tolist() == answers(merged, task, "validation", state).tolist(), (index, task)
+            assert right(found) == answers(merged, task, "validation", state).tolist(), (index, task)
 
 
 def test_answers_are_kept_and_nothing_runs_twice(opened: Opened) -> None:
@@ -89,10 +94,10 @@ def test_answers_are_kept_and_nothing_runs_twice(opened: Opened) -> None:
     assert (len(asked), made) == (1, 3)
     again = opened.panel.predictions("some digest", state, ["task1"], "test", "it")
     assert (len(asked), opened.work.made) == (1, made)
-    assert again["task1"].tolist() == first["task1"].tolist()
+    assert right(again["task1"]) == right(first["task1"])
     opened.panel.predictions("some digest", state, ["task1"], "validation", "it")
     assert (len(asked), opened.work.made) == (2, made + 1)
-    assert first["task0"].tolist() == opened.panel.evaluate(opened.expert(0), "test")["task0"].tolist()
+    assert right(first["task0"]) == right(opened.panel.evaluate(opened.expert(0), "test")["task0"])
 
 
 def test_an_evaluation_for_the_search_keeps_nothing(opened: Opened) -> None:

@@ -85,7 +85,7 @@ def test_the_tables_are_on_the_server(served: tuple[Path, Path], on_server: Any)
     runs = json.loads((served[0] / "first_run.json").read_text(encoding="utf-8"))
     found = on_server.find("artifacts", flow_runs={"id": {"any_": [runs[0]["flow_run_id"]]}})
     by_key = {artifact["key"]: artifact for artifact in found}
-    accuracy = json.loads(by_key["bmm-test-accuracy"]["data"])
+    accuracy = json.loads(by_key["bmm-test-scores"]["data"])
     for row in accuracy:
         entry = document["metrics"]["test"][row["task"]]
         assert {name: row[name] for name in ("base", "expert", "anchor", "merged")} == {

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,41 +17,37 @@ from bmm.errors import BMMError
 from bmm.evaluation.metrics import (
     Bootstrap,
     Interval,
+    Measured,
     Method,
-    accuracy,
-    correct_rows,
     mean_ratio_to_expert,
     method_rows,
     share_of_experts,
     summarise,
 )
+from bmm.evaluation.scores import ACCURACY, CLASSIFICATION, share
 
 SETTINGS: dict[str, Any] = {"samples": 500, "seed": 0, "confidence": 0.95}
 MODELS = ("base", "expert", "anchor", "merged")
 
 
-def made(right: int, rows: int) -> NDArray[np.bool_]:
-    return np.arange(rows) < right
+def right(rows: NDArray[np.bool_]) -> Measured:
+    return Measured(ACCURACY, share(rows))
+
+
+def made(correct: int, rows: int) -> Measured:
+    return right(np.arange(rows) < correct)
 
 
 @st.composite
-def tables(draw: st.DrawFn, models: tuple[str, ...] = MODELS) -> dict[str, dict[str, NDArray[np.bool_]]]:
+def tables(draw: st.DrawFn, models: tuple[str, ...] = MODELS) -> dict[str, dict[str, Measured]]:
     result = {}
     for task in range(draw(st.integers(1, 3))):
         rows = draw(st.integers(4, 60))
         generator = np.random.default_rng(draw(st.integers(0, 2**32)))
         shares = {model: draw(st.floats(0.2, 1)) for model in models}
-        result[f"task {task}"] = {model: generator.random(rows) < share for model, share in shares.items()}
-        result[f"task {task}"]["expert"][0] = True
+        result[f"task {task}"] = {model: right(generator.random(rows) < level) for model, level in shares.items()}
+        result[f"task {task}"]["expert"].statistics[0, 0] = 1.0
     return result
-
-
-def test_correct_rows_take_arrays_and_tensors() -> None:
-    logits = [[1.0, 2.0, 0.0], [3.0, 3.0, 1.0], [0.0, 0.0, 1.0]]
-    for given_as in (np.array(logits), torch.tensor(logits)):
-        assert correct_rows(given_as, [1, 1, 2]).tolist() == [True, False, True]
-    with pytest.raises(BMMError, match=r"logits of shape \(3, 3\) do not belong to 2 labels"):
-        correct_rows(np.array(logits), [0, 1])
 
 
 def test_the_two_shares_differ() -> None:
@@ -63,11 +58,11 @@ def test_the_two_shares_differ() -> None:
 
 def test_experts_of_accuracy_zero() -> None:
     assert share_of_experts({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}) == 1.0
-    with pytest.raises(BMMError, match="the expert of a has accuracy 0"):
+    with pytest.raises(BMMError, match="the expert of a has the score 0"):
         mean_ratio_to_expert({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0})
-    with pytest.raises(BMMError, match="the experts' mean accuracy is 0"):
+    with pytest.raises(BMMError, match="the experts' mean score is not above 0"):
         share_of_experts({"a": 0.5}, {"a": 0.0})
-    with pytest.raises(BMMError, match="the experts' mean accuracy is 0"):
+    with pytest.raises(BMMError, match="the experts' mean score is not above 0"):
         summarise({"a": {**dict.fromkeys(MODELS, made(2, 4)), "expert": made(0, 4)}}, **SETTINGS)
 
 
@@ -79,12 +74,12 @@ def test_resamples_without_a_right_expert_are_left_out() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(tables())
-def test_intervals_contain_the_point_estimates(correct: dict[str, dict[str, NDArray[np.bool_]]]) -> None:
+def test_intervals_contain_the_point_estimates(correct: dict[str, dict[str, Measured]]) -> None:
     bootstrap = Bootstrap(correct, **SETTINGS)
-    exact = {model: {task: accuracy(arrays[model]) for task, arrays in correct.items()} for model in MODELS}
+    exact = {model: {task: arrays[model].score for task, arrays in correct.items()} for model in MODELS}
     for model in MODELS:
         for task, value in exact[model].items():
-            interval = bootstrap.accuracy(task, model)
+            interval = bootstrap.score(task, model)
             assert interval.low <= value <= interval.high
         mean = bootstrap.mean(model)
         assert mean.low <= np.mean(list(exact[model].values())) <= mean.high
@@ -99,7 +94,7 @@ def test_intervals_contain_the_point_estimates(correct: dict[str, dict[str, NDAr
 def test_intervals_agree_with_the_normal_approximation(rows: int, share: float, confidence: float) -> None:
     bootstrap = Bootstrap({"a": {"m": made(int(share * rows), rows)}}, samples=4000, seed=1, confidence=confidence)
     half = norm.ppf((1 + confidence) / 2) * np.sqrt(share * (1 - share) / rows)
-    interval = bootstrap.accuracy("a", "m")
+    interval = bootstrap.score("a", "m")
     assert interval.low == pytest.approx(share - half, abs=0.12 * half)
     assert interval.high == pytest.approx(share + half, abs=0.12 * half)
 
@@ -108,8 +103,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     generator = np.random.default_rng(5)
     covered = 0
     for seed in range(120):
-        correct = {"a": {"m": generator.random(150) < 0.7}}
-        interval = Bootstrap(correct, samples=400, seed=seed, confidence=0.9).accuracy("a", "m")
+        correct = {"a": {"m": right(generator.random(150) < 0.7)}}
+        interval = Bootstrap(correct, samples=400, seed=seed, confidence=0.9).score("a", "m")
         covered += interval.low <= 0.7 <= interval.high
     # 120 draws at 0.9 have a standard deviation of 0.027.
     assert 0.9 - 3 * 0.027 <= covered / 120 <= 0.9 + 3 * 0.027
@@ -124,8 +119,8 @@ def test_all_correct_leaves_nothing_to_doubt() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(tables())
-def test_differences_are_paired(correct: dict[str, dict[str, NDArray[np.bool_]]]) -> None:
-    correct = {task: {**models, "twin": models["merged"].copy()} for task, models in correct.items()}
+def test_differences_are_paired(correct: dict[str, dict[str, Measured]]) -> None:
+    correct = {task: {**models, "twin": models["merged"]} for task, models in correct.items()}
     bootstrap = Bootstrap(correct, **SETTINGS)
     assert bootstrap.difference("merged", "twin") == Interval(0.0, 0.0)
     for task in correct:
@@ -149,8 +144,8 @@ def test_other_models_tasks_and_piece_sizes_change_nothing(monkeypatch: pytest.M
     alone = Bootstrap(one, **SETTINGS)
     monkeypatch.setattr(metrics, "_COUNTS_BYTES", 8 * 50 * 7)
     beside = Bootstrap(more, **SETTINGS)
-    assert alone.accuracy("a", "m") == beside.accuracy("a", "m")
-    assert alone.accuracy("a", "m") != Bootstrap(one, **{**SETTINGS, "seed": 1}).accuracy("a", "m")
+    assert alone.score("a", "m") == beside.score("a", "m")
+    assert alone.score("a", "m") != Bootstrap(one, **{**SETTINGS, "seed": 1}).score("a", "m")
 
 
 def test_the_summary_is_the_metrics_part_of_merge_json() -> None:
@@ -211,8 +206,12 @@ def test_the_summary_is_the_metrics_part_of_merge_json() -> None:
         ),
         ({"a": dict.fromkeys(MODELS, made(0, 0))}, "of the task a were not run over the same rows"),
         (
-            {"a": dict.fromkeys(MODELS, np.ones(3))},
-            "the result of 'base' on the task a is not an array of booleans",
+            {"a": {**dict.fromkeys(MODELS, made(1, 2)), "base": Measured(CLASSIFICATION["f1"], np.ones((2, 2)))}},
+            "the models of the task a were not measured alike: accuracy, f1",
+        ),
+        (
+            {"a": {**dict.fromkeys(MODELS, made(1, 2)), "base": Measured(ACCURACY, np.full((2, 2), np.nan))}},
+            "the result of 'base' on the task a is not finite",
         ),
     ],
 )
