@@ -37,6 +37,8 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
     anchor = recipe.anchor.model_dump(mode="json")
     if inputs.anchor is not None:
         anchor["digest"] = inputs.anchor.digest
+    if recipe.anchor.chooses_scale:
+        anchor["chosen"] = work.read(results["anchor"].reference("anchor")).read_json("scale.json")
     said = recipe.document()
     return {
         "schema": SCHEMA,

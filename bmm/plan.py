@@ -148,7 +148,10 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
         "experts": (0, _PROCESS_BYTES + model),
         "task-vectors": (0, _PROCESS_BYTES),
         "grams": gram_stage,
-        "anchor": (model + anchored, _PROCESS_BYTES + model + (fisher_memory if anchored else 0)),
+        "anchor": (
+            model * (2 if recipe.anchor.chooses_scale else 1) + anchored,
+            _PROCESS_BYTES + model + (fisher_memory if anchored else 0),
+        ),
         "search": (
             output_bytes + walk_disk,
             _PROCESS_BYTES + 4 * model + max(factors + gram // max(len(matrices), 1) * experts, walk_memory),

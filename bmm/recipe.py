@@ -78,6 +78,10 @@ class EvaluationSettings(Part):
         default=("average", "ta", "ties", "tsv", "wudi", "regmean"),
         description="methods, at their published settings, that get a row in the table",
     )
+    compare_at: Literal["published", "validation"] = Field(
+        default="published",
+        description="where compared methods with a scale stand: at the published one, or at the best on validation",
+    )
     bootstrap_samples: int = Field(default=2000, ge=100)
     bootstrap_seed: int = Field(default=0, ge=0)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)

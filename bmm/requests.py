@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bmm.anchors.settings import CheckpointAnchorSettings
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
@@ -43,10 +42,13 @@ class Requests:
                 given: dict[str, Any] = {"checkpoint": anchor.digest} if anchor else {}
                 if self.recipe.anchor.needs == "gram":
                     given["grams"] = results["grams"].outputs["experts"]
-                elif self.recipe.anchor.needs == "fisher":
+                elif self.recipe.anchor.needs == "fisher" or self.recipe.anchor.chooses_scale:
                     given["experts"] = results["experts"].outputs["experts"]
+                settings: dict[str, Any] = {"anchor": self.recipe.anchor.said()}
+                if self.recipe.anchor.chooses_scale:
+                    settings["batch_size"] = self.recipe.evaluation.batch_size
                 located = {"anchor": anchor.to_json() if anchor else None}
-                return self._request(stage, results, given, {"anchor": self._anchor_settings()}, located)
+                return self._request(stage, results, given, settings, located)
             case "search":
                 return self._request(stage, results, self._solved_from(results), self._search_settings())
             case "evaluate":
@@ -54,7 +56,7 @@ class Requests:
                 evaluation = self.recipe.evaluation.model_dump(mode="json")
                 settings = {
                     "evaluation": evaluation,
-                    "anchor": self._anchor_settings(),
+                    "anchor": self.recipe.anchor.said(),
                     "grams": self.recipe.grams.source,
                     "batch_size": evaluation["batch_size"],
                 }
@@ -129,9 +131,3 @@ class Requests:
             "batch_size": self.recipe.evaluation.batch_size,
             "dtype": self.recipe.dtype,
         }
-
-    def _anchor_settings(self) -> dict[str, Any]:
-        anchor = self.recipe.anchor
-        # A checkpoint is known by its digest, which stands among the inputs.
-        hidden = {"path"} if isinstance(anchor, CheckpointAnchorSettings) else set()
-        return anchor.model_dump(mode="json", exclude=hidden)

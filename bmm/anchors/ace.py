@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import ACESettings
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 
 _TINY = 1e-12
 
@@ -39,7 +39,7 @@ class ACE(TaskVectorAnchor):
     @property
     def scale(self) -> float:
         """What the merged task vector is multiplied by."""
-        return self.settings.scale
+        return number(self.settings.scale)
 
     def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the merged task vector."""

@@ -35,8 +35,8 @@ class DARE(ScaledAnchor):
         self.settings = settings
         self._then: TaskArithmetic | TIES
         if settings.then == "ta":
-            scale = TaskArithmeticSettings().scale if settings.scale is None else settings.scale
-            self._then = TaskArithmetic(TaskArithmeticSettings(scale=scale))
+            said = {} if settings.scale is None else {"scale": settings.scale}
+            self._then = TaskArithmetic(TaskArithmeticSettings(**said))
         else:
             self._then = TIES(TIESSettings(density=settings.density, scale=settings.scale))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import IsoCSettings, IsoCTSSettings
 from bmm.anchors.spectra import polar_factor, rank_of
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 
 
 class IsoC(TaskVectorAnchor):
@@ -36,7 +36,7 @@ class IsoC(TaskVectorAnchor):
     @property
     def scale(self) -> float:
         """What the isotropic task vector is multiplied by."""
-        return self.settings.scale
+        return number(self.settings.scale)
 
     def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the isotropic task vector."""
@@ -55,7 +55,7 @@ class IsoCTS(TaskVectorAnchor):
     @property
     def scale(self) -> float:
         """What the isotropic task vector is multiplied by."""
-        return self.settings.scale
+        return number(self.settings.scale)
 
     def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the isotropic task vector."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 Method = Literal[
     "average", "ta", "ties", "dare", "tsv", "iso-c", "iso-cts", "wudi", "regmean", "fisher", "ace", "checkpoint"
@@ -14,10 +22,54 @@ Need = Literal["checkpoint", "gram", "fisher"]
 """What a method may need besides weights, by the name that it has in `bmm.anchors.interface.Sources`."""
 
 
+def _one_sentence(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        raise PydanticCustomError("scale", "must be a number above 0 and at most 2, or 'validation'") from None
+
+
+Number = Annotated[float, Field(gt=0, le=2)]
+Scale = Annotated[Number | Literal["validation"], WrapValidator(_one_sentence)]
+"""What a direction is multiplied by: given, or the best of `scales` on the validation rows."""
+OptionalScale = Annotated[Number | Literal["validation"] | None, WrapValidator(_one_sentence)]
+Scales = Annotated[
+    tuple[Number, ...],
+    Field(min_length=1, description="tried on the validation rows with scale: validation; the first of the best wins"),
+]
+_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5)
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs: ClassVar[Need | None] = None
+
+    @property
+    def chooses_scale(self) -> bool:
+        """Whether the scale is to be chosen on the validation rows."""
+        return False
+
+    def said(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON: not where a checkpoint lies, nor scales that are not tried."""
+        unused = {"path"} if self.chooses_scale else {"path", "scales"}
+        return self.model_dump(mode="json", exclude=unused)
+
+
+class ScaledSettings(_Settings):
+    """What the methods share whose result is `W_0 + scale · direction`."""
+
+    scale: OptionalScale = None
+    scales: Scales = _SCALES
+
+    @property
+    def chooses_scale(self) -> bool:
+        """Whether the scale is to be chosen on the validation rows."""
+        return self.scale == "validation"
+
+    def at(self, scale: float | Literal["validation"]) -> Self:
+        """Return the same settings with another scale."""
+        return self.model_copy(update={"scale": scale})
 
 
 class AverageSettings(_Settings):
@@ -26,14 +78,14 @@ class AverageSettings(_Settings):
     method: Literal["average"] = "average"
 
 
-class TaskArithmeticSettings(_Settings):
+class TaskArithmeticSettings(ScaledSettings):
     """`W_0 + scale · Σ τ_t` (Ilharco et al., arXiv 2212.04089)."""
 
     method: Literal["ta"] = "ta"
-    scale: float = Field(default=0.3, gt=0, le=2)
+    scale: Scale = Field(default=0.3, description="a number, or validation: the best of scales")
 
 
-class TIESSettings(_Settings):
+class TIESSettings(ScaledSettings):
     """Trim, elect sign, merge (Yadav et al., arXiv 2306.01708)."""
 
     method: Literal["ties"] = "ties"
@@ -42,10 +94,13 @@ class TIESSettings(_Settings):
         default="global", description="keep the largest of the whole task vector, or of each tensor"
     )
     combine: Literal["mean", "sum"] = "mean"
-    scale: float | None = Field(default=None, gt=0, le=2, description="defaults to 1 for the mean and 0.3 for the sum")
+    scale: OptionalScale = Field(
+        default=None,
+        description="a number, or validation: the best of scales; defaults to 1 for the mean and 0.3 for the sum",
+    )
 
 
-class DARESettings(_Settings):
+class DARESettings(ScaledSettings):
     """Drop entries of the task vectors at random, rescale the rest, then merge (Yu et al., arXiv 2311.03099)."""
 
     method: Literal["dare"] = "dare"
@@ -54,30 +109,32 @@ class DARESettings(_Settings):
     density: float = Field(
         default=0.2, gt=0, le=1, description="of TIES afterwards: share of all entries kept, by magnitude"
     )
-    scale: float | None = Field(default=None, gt=0, le=2, description="defaults to 0.3 for ta and 1 for ties")
+    scale: OptionalScale = Field(
+        default=None, description="a number, or validation: the best of scales; defaults to 0.3 for ta and 1 for ties"
+    )
     seed: int = Field(default=0, ge=0, description="of the random masks")
 
 
-class TSVSettings(_Settings):
+class TSVSettings(ScaledSettings):
     """Task singular vectors, TSV-M (Gargiulo et al., arXiv 2412.00081)."""
 
     method: Literal["tsv"] = "tsv"
-    scale: float = Field(default=1.0, gt=0, le=2)
+    scale: Scale = Field(default=1.0, description="a number, or validation: the best of scales")
 
 
-class IsoCSettings(_Settings):
+class IsoCSettings(ScaledSettings):
     """Isotropic merging in the common subspace, Iso-C (Marczak et al., arXiv 2502.04959)."""
 
     method: Literal["iso-c"] = "iso-c"
-    scale: float = Field(default=1.0, gt=0, le=2)
+    scale: Scale = Field(default=1.0, description="a number, or validation: the best of scales")
 
 
-class IsoCTSSettings(_Settings):
+class IsoCTSSettings(ScaledSettings):
     """Isotropic merging in common and task-specific subspaces, Iso-CTS (Marczak et al., arXiv 2502.04959)."""
 
     method: Literal["iso-cts"] = "iso-cts"
     common: float = Field(default=0.8, ge=0, le=1, description="share of the directions that all tasks have in common")
-    scale: float = Field(default=1.0, gt=0, le=2)
+    scale: Scale = Field(default=1.0, description="a number, or validation: the best of scales")
 
 
 class WUDISettings(_Settings):
@@ -121,7 +178,7 @@ class FisherSettings(_Settings):
     seed: int = Field(default=0, ge=0, description="of the sampled labels")
 
 
-class ACESettings(_Settings):
+class ACESettings(ScaledSettings):
     """ACE-Merging, covariances estimated from task vectors (Xu et al., arXiv 2603.02945)."""
 
     method: Literal["ace"] = "ace"
@@ -130,7 +187,7 @@ class ACESettings(_Settings):
         default=0.3, ge=0, description="heterogeneity above which tasks are normalised and the spectrum corrected"
     )
     spectrum: float = Field(default=0.3, gt=0, le=1, description="share of the directions in the spectral correction")
-    scale: float = Field(default=1.0, gt=0, le=2)
+    scale: Scale = Field(default=1.0, description="a number, or validation: the best of scales")
 
 
 class CheckpointAnchorSettings(_Settings):

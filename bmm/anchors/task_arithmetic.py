@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import TaskArithmeticSettings
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 
 
 class TaskArithmetic(TaskVectorAnchor):
@@ -18,7 +18,7 @@ class TaskArithmetic(TaskVectorAnchor):
     @property
     def scale(self) -> float:
         """What the sum is multiplied by."""
-        return self.settings.scale
+        return number(self.settings.scale)
 
     def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
         """Return the sum of the task vectors."""

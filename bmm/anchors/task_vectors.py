@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bmm.anchors.interface import Merged, Treatment, Weights
-from bmm.errors import CheckpointError
+from bmm.errors import BMMError, CheckpointError
 
 
 class TaskVectors:
@@ -100,6 +101,17 @@ class TaskVectorAnchor(ScaledAnchor):
     @abstractmethod
     def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the direction, before any scale (float64, None if every expert equals the base), and its treatment."""
+
+
+def number(scale: float | Literal["validation"]) -> float:
+    """Return a scale that is one.
+
+    Raises:
+        BMMError: it has yet to be chosen on the validation rows.
+    """
+    if isinstance(scale, str):
+        raise BMMError("a scale that has yet to be chosen on the validation rows was asked for")
+    return scale
 
 
 def checked(tensor: Tensor, name: str, owner: str) -> Tensor:

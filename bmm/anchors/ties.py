@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bmm.anchors.interface import Treatment, Weights
 from bmm.anchors.settings import TIESSettings
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 from bmm.errors import BMMError
 from bmm.progress import progress
 
@@ -67,7 +67,7 @@ class TIES(TaskVectorAnchor):
     def scale(self) -> float:
         """What the merged task vector is multiplied by: by default 1 for the mean and 0.3 for the sum."""
         if self.settings.scale is not None:
-            return self.settings.scale
+            return number(self.settings.scale)
         return 1.0 if self.settings.combine == "mean" else 0.3
 
     def _threshold(self, index: int, vector: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import TSVSettings
 from bmm.anchors.spectra import polar_factor, rank_of
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 
 
 class TSV(TaskVectorAnchor):
@@ -34,7 +34,7 @@ class TSV(TaskVectorAnchor):
     @property
     def scale(self) -> float:
         """What the merged task vector is multiplied by."""
-        return self.settings.scale
+        return number(self.settings.scale)
 
     def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
         """Return the merged task vector."""

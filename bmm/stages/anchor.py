@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,26 @@ from pydantic import TypeAdapter
 
 from bmm.anchors.interface import Sources
 from bmm.anchors.registry import build as build_anchor
-from bmm.anchors.settings import AnchorSettings, FisherSettings
+from bmm.anchors.settings import AnchorSettings, FisherSettings, ScaledSettings
+from bmm.anchors.task_vectors import ScaledAnchor
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, is_float, torch_dtype
 from bmm.checkpoint.writer import MAX_SHARD_BYTES, write_weights
-from bmm.errors import CheckpointError
+from bmm.digest import digest_json
+from bmm.errors import BMMError, CheckpointError
+from bmm.evaluation.metrics import mean_ratio_to_expert
 from bmm.grams.store import GramReader
 from bmm.prediction import StoredWeights
 from bmm.progress import progress
 from bmm.sources import Model
 from bmm.stages.fishers import fisher_artefacts
+from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
 from bmm.weights import require_finite
+
+_SCALE = "scale.json"
 
 
 def anchor(work: Work, request: Request) -> dict[str, Any]:
@@ -61,6 +69,9 @@ def anchor_artefact(
         "fishers": [fisher.digest for fisher in fishers],
     }
 
+    if isinstance(settings, ScaledSettings) and settings.chooses_scale:
+        return _at_the_best_scale(work, request, setup, settings, inputs)
+
     def make(draft: Draft) -> None:
         with ExitStack() as stack:
             weights = stack.enter_context(setup.weights())
@@ -83,9 +94,85 @@ def anchor_artefact(
                 write_state(draft.path, setup, merge, dtype="F32")
             draft.write_json("treatments.json", treatments)
 
-    # A checkpoint is known by its digest: where it lies must not change the key.
-    said = settings.model_dump(mode="json", exclude={"path"})
-    return work.obtain("anchor", inputs, make, settings=said)
+    return work.obtain("anchor", inputs, make, settings=settings.said())
+
+
+def chosen_scale(work: Work, anchor: Reference | Mapping[str, str]) -> float | None:
+    """Return the scale that was chosen on the validation rows for an anchor, or None if none was."""
+    path = work.read(anchor).path / _SCALE
+    return float(json.loads(path.read_text(encoding="utf-8"))["scale"]) if path.exists() else None
+
+
+def _at_the_best_scale(
+    work: Work, request: Request, setup: Setup, settings: ScaledSettings, inputs: Mapping[str, Any]
+) -> Reference:
+    """Return the artefact of `W_0 + s · direction`, with the `s` of the recipe's that is best on the validation rows.
+
+    Best is what the search maximises: the mean over tasks of the merged model's metric over its expert's. It equals
+    the anchor of that very scale but for the direction's own rounding to float32.
+    """
+    direction = _direction_artefact(work, setup, settings, inputs)
+
+    def make(draft: Draft) -> None:
+        stored = work.read(direction)
+        directions = StoredWeights(stored)
+        panel = panel_of(work, request, setup)
+        with setup.weights() as weights:
+
+            def scaled(name: str, scale: float) -> torch.Tensor:
+                base = weights.base(name)
+                if not base.is_floating_point():
+                    return base
+                return (base.to(torch.float64) + scale * directions(name).to(torch.float64)).to(torch.float32)
+
+            def state(scale: float) -> dict[str, torch.Tensor]:
+                return {name: scaled(name, scale) for name in weights.names()}
+
+            tried: list[dict[str, Any]] = []
+            experts = {
+                task: measured.score for task, measured in expert_predictions(setup, panel, "validation").items()
+            }
+            for scale in settings.scales:
+                # Answers are artefacts of their own, so that a killed choice goes on where it stopped.
+                known_as = digest_json({"direction": direction.digest, "scale": scale})
+                what = f"{request.stage}: scale {scale:g}"
+                found = panel.predictions(known_as, partial(state, scale), panel.tasks, "validation", what)
+                scores = {task: measured.score for task, measured in found.items()}
+                tried.append({"scale": scale, "objective": mean_ratio_to_expert(scores, experts), "tasks": scores})
+            best = max(tried, key=lambda trial: float(trial["objective"]))
+            write_state(draft.path, setup, lambda name: scaled(name, best["scale"]), dtype="F32")
+        draft.write_json("treatments.json", stored.read_json("treatments.json"))
+        draft.write_json(_SCALE, {"scale": best["scale"], "tried": tried})
+
+    rows = {expert.name: request.inputs["experts"][expert.name]["digest"] for expert in setup.experts}
+    chosen = {**inputs, "direction": direction.digest, "rows": rows}
+    said = {**settings.said(), "batch_size": request.settings["batch_size"]}
+    return work.obtain("anchor", chosen, make, settings=said)
+
+
+def _direction_artefact(work: Work, setup: Setup, settings: ScaledSettings, inputs: Mapping[str, Any]) -> Reference:
+    """Return the artefact of a method's direction: what it would add to the base at the scale 1, float32."""
+
+    def make(draft: Draft) -> None:
+        method = build_anchor(TypeAdapter(AnchorSettings).validate_python(settings.at(1.0).model_dump()))
+        if not isinstance(method, ScaledAnchor):
+            raise BMMError(f"{type(method).__name__} has no direction apart from its scale")
+        treatments: dict[str, str] = {}
+        with setup.weights() as weights, progress("merging towards a direction", len(weights.names())) as bar:
+            method.prepare(weights)
+
+            def get(name: str) -> torch.Tensor:
+                base = weights.base(name)
+                direction, treatment = method.direction(name, weights) if base.is_floating_point() else (None, "copied")
+                treatments[name] = "copied" if direction is None else treatment
+                bar.advance()
+                return torch.zeros_like(base) if direction is None else direction
+
+            write_state(draft.path, setup, get, dtype="F32")
+        draft.write_json("treatments.json", treatments)
+
+    said = settings.model_dump(mode="json", exclude={"scale", "scales"})
+    return work.obtain("direction", dict(inputs), make, settings=said)
 
 
 def _gram_reader(work: Work, setup: Setup, grams: Sequence[Mapping[str, str]]) -> Callable[[int, str], torch.Tensor]:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from bmm.anchors.settings import AnchorSettings
+from bmm.anchors.settings import AnchorSettings, ScaledSettings
 from bmm.evaluation.metrics import Bootstrap, Measured, Method, method_rows, share_of_experts, summarise
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import EvaluationSettings, Recipe
 from bmm.sources import Inputs, Model
-from bmm.stages.anchor import anchor_artefact, checkpoint_reader
+from bmm.stages.anchor import anchor_artefact, checkpoint_reader, chosen_scale
+from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.request import Request, Result, Work
-from bmm.stages.search import expert_predictions, panel_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
 
@@ -87,30 +87,33 @@ def _compared(
     """Return the methods of comparison, each merged now if the store does not have it."""
     contenders, methods = [], []
     own = dict(request.settings["anchor"])
-    if own["method"] not in settings.compare or own != _published(own["method"]):
-        methods.append(Method("anchor", f"{own['method']} (the anchor)", _options(own)))
+    if own not in (_compared_settings(name, settings).said() for name in settings.compare):
+        reference = Reference.from_json(request.inputs["anchor"])
+        methods.append(Method("anchor", f"{own['method']} (the anchor)", _options(work, reference, own)))
     for name in settings.compare:
-        published = _published(name)
-        method: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(published)
-        contenders.append(_stored(work, name, anchor_artefact(work, request, setup, method)))
-        said = _options(published)
+        method = _compared_settings(name, settings)
+        reference = anchor_artefact(work, request, setup, method)
+        contenders.append(_stored(work, name, reference))
+        said = _options(work, reference, method.said())
         if method.needs == "gram" and request.settings["grams"] != "activations":
             said["grams"] = request.settings["grams"]
         methods.append(Method(name, name, said))
     return contenders, methods
 
 
-def _published(method: str) -> dict[str, Any]:
-    """Return a method's settings as its authors published them, which are the defaults."""
-    if method == "checkpoint":
-        # It has none.
-        return {}
-    settings: AnchorSettings = TypeAdapter(AnchorSettings).validate_python({"method": method})
-    return settings.model_dump(mode="json")
+def _compared_settings(method: str, settings: EvaluationSettings) -> AnchorSettings:
+    """Return a method's settings as its authors published them, which are the defaults, but for the scale if asked."""
+    published: AnchorSettings = TypeAdapter(AnchorSettings).validate_python({"method": method})
+    if settings.compare_at == "validation" and isinstance(published, ScaledSettings):
+        return published.at("validation")
+    return published
 
 
-def _options(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "method"}
+def _options(work: Work, anchor: Reference, said: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings as its row shows them, with the scale that was chosen."""
+    shown = {name: value for name, value in said.items() if name not in ("method", "scales")}
+    chosen = chosen_scale(work, anchor)
+    return shown if chosen is None else {**shown, "scale": chosen, "chosen_on": "validation"}
 
 
 def _stored(work: Work, name: str, reference: Reference) -> Contender:

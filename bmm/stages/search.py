@@ -14,15 +14,16 @@ import torch
 
 from bmm.assembly import Assembler, Solved, module_wise, propagated
 from bmm.errors import CheckpointError
-from bmm.evaluation.metrics import Measured, mean_ratio_to_expert
+from bmm.evaluation.metrics import mean_ratio_to_expert
 from bmm.grams.store import GramReader
-from bmm.prediction import Panel, StoredWeights
+from bmm.prediction import StoredWeights
 from bmm.progress import progress
 from bmm.recipe import SearchSettings
 from bmm.search.run import Outcome, search
 from bmm.search.space import ModulePlace, Setting, Space, groups_of
 from bmm.search.study import Study, Trial
 from bmm.stages.anchor import published_dtypes, write_state
+from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.propagation import walk_moments
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
@@ -186,23 +187,3 @@ def check_coverage(setup: Setup, minimum: float) -> None:
             f"only {reached} of {total} matrix weights of this architecture are linear maps that can be regressed "
             f"(largest missed: {missed}); lower coverage.minimum to merge the rest by the anchor alone"
         )
-
-
-def panel_of(work: Work, request: Request, setup: Setup) -> Panel:
-    """Return the panel of the merge's tasks, with the rows that the first stage kept."""
-    artefacts = {expert.name: work.read(request.inputs["experts"][expert.name]) for expert in setup.experts}
-    return Panel(work, setup.experts, artefacts, setup.layout, request.settings["batch_size"])
-
-
-def expert_predictions(setup: Setup, panel: Panel, split: str) -> dict[str, Measured]:
-    """Return, for each task, what its own expert's answers are worth."""
-    found = {}
-    with setup.weights() as weights:
-        for index, expert in enumerate(setup.experts):
-
-            def state(index: int = index) -> dict[str, torch.Tensor]:
-                return {name: weights.expert(index, name) for name in weights.names()}
-
-            answers = panel.predictions(expert.model.digest, state, [expert.name], split, f"expert {expert.name}")
-            found[expert.name] = answers[expert.name]
-    return found

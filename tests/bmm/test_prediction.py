@@ -16,8 +16,8 @@ from bmm.prediction import Panel, StoredWeights, read_split
 from bmm.recipe import Recipe
 from bmm.requests import Requests
 from bmm.sources import fingerprint_inputs
+from bmm.stages.panel import panel_of
 from bmm.stages.request import Work
-from bmm.stages.search import panel_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Store
 

@@ -128,7 +128,10 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
     ("key", "value", "said"),
     [
         ("anchor", {"method": "magic"}, "'anchor.method': there is no method 'magic'; choose one of average, "),
-        ("anchor", {"method": "ta", "scale": -1}, r"'anchor.scale': .*given: -1"),
+        ("anchor", {"method": "ta", "scale": -1}, r"'anchor.scale': must be a number above 0 .*given: -1"),
+        ("anchor", {"method": "ties", "scale": "test"}, r"'anchor.scale': .* or 'validation' \(given: 'test'\)"),
+        ("anchor", {"method": "tsv", "scales": []}, r"'anchor.scales'"),
+        ("anchor", {"method": "iso-c", "scales": [0.5, 3.0]}, r"'anchor.scales.1'"),
         ("anchor", "tsv", "'anchor': .*given: 'tsv'"),
         ("anchor", {"method": "checkpoint"}, "'anchor.path' is missing"),
         ("search", {"trials": 0}, r"'search.trials': .*given: 0"),

@@ -116,6 +116,18 @@ def test_an_anchor_depends_on_the_statistics_that_it_needs(method: str) -> None:
     assert one["anchor"] != rows["anchor"]  # by way of the layout, which this test names by the first stage's key
 
 
+def test_a_scale_chosen_on_validation_depends_on_what_it_is_measured_with() -> None:
+    given = replace(inputs(), anchor=None)
+
+    def anchor(scale: Any, scales: list[float], batch_size: int) -> str:
+        chosen = {"method": "ta", "scale": scale, "scales": scales}
+        recipe = {**VALUES, "anchor": chosen, "evaluation": {"batch_size": batch_size}}
+        return keys(Recipe.from_mapping(recipe), given)["anchor"]
+
+    assert anchor(0.3, [0.1], 64) == anchor(0.3, [0.2], 7)
+    assert len({anchor("validation", [0.1], 64), anchor("validation", [0.2], 64), anchor("validation", [0.1], 7)}) == 3
+
+
 def test_there_is_no_other_stage() -> None:
     with pytest.raises(ValueError, match="no stage 'bake'"):
         Requests(Recipe.from_mapping(VALUES), inputs()).build("bake", {})

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bmm.anchors.settings import Method
+from bmm.anchors.settings import Method, TaskArithmeticSettings
 from bmm.grams.store import GramReader
-from bmm.pipeline import perform_here, run_stages
+from bmm.pipeline import merge, perform_here, run_stages
 from bmm.plan import cached_results
 from bmm.recipe import Recipe
 from bmm.regression.regmean import regmean
@@ -95,6 +95,80 @@ def test_only_the_expert_with_other_rows_is_measured_again(merged: Path, edit_re
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:40]))
     stages(merged, "anchor")
     assert made(merged)["fisher"] == before + 1
+
+
+SCALED = [
+    {"method": "ta"},
+    {"method": "ties", "scope": "tensor"},
+    {"method": "dare", "then": "ties", "drop": 0.5},
+    {"method": "tsv"},
+    {"method": "iso-cts"},
+]
+
+
+@pytest.mark.parametrize("settings", SCALED, ids=lambda one: str(one["method"]))
+def test_the_scale_that_is_best_on_validation_is_taken(
+    settings: dict[str, Any], merged: Path, edit_recipe: Edit
+) -> None:
+    scales = [0.05, 0.4, 2.0]
+    edit_recipe(merged, anchor={**settings, "scale": "validation", "scales": scales})
+    assert stages(merged, "anchor")["anchor"].state == "ran"
+    chosen = anchor_of(merged)
+    said = chosen.read_json("scale.json")
+    assert [one["scale"] for one in said["tried"]] == scales
+    objectives = [one["objective"] for one in said["tried"]]
+    assert len(set(objectives)) > 1, "every scale is equally good, so that this test shows nothing"
+    assert said["scale"] == scales[objectives.index(max(objectives))]
+    found = load_file(chosen.file("model.safetensors"))
+    # What was tried is what the method gives at that scale.
+    edit_recipe(merged, anchor={**settings, "scale": said["scale"]})
+    stages(merged, "anchor")
+    fixed = load_file(anchor_of(merged).file("model.safetensors"))
+    for name, tensor in fixed.items():
+        torch.testing.assert_close(found[name], tensor, rtol=3e-7, atol=3e-8)
+    assert chosen.read_json("treatments.json") == anchor_of(merged).read_json("treatments.json")
+
+
+def test_the_objective_is_the_share_of_each_experts_accuracy(merged: Path, edit_recipe: Edit) -> None:
+    edit_recipe(merged, anchor={"method": "ta", "scale": "validation", "scales": [0.5]}, search={"trials": 1})
+    result = stages(merged, "search")
+    tried = anchor_of(merged).read_json("scale.json")["tried"][0]
+    search = Store(merged / "store").read(result["search"].reference("search")).read_json("search.json")
+    # The search's first trial is the anchor itself, measured on the same rows.
+    assert tried["objective"] == pytest.approx(search["trials"][0]["objective"])
+    assert tried["tasks"] == pytest.approx(search["trials"][0]["tasks"])
+
+
+def test_a_choice_of_scale_goes_on_where_it_stopped(merged: Path, edit_recipe: Edit) -> None:
+    edit_recipe(merged, anchor={"method": "tsv", "scale": "validation", "scales": [0.5, 1.0]})
+    stages(merged, "anchor")
+    chosen = anchor_of(merged)
+    bytes_before = chosen.file("model.safetensors").read_bytes()
+    store = Store(merged / "store")
+    for entry in store.entries():
+        if entry.kind == "stage-anchor" or entry.path == chosen.path:
+            assert store.remove(entry)
+    before = made(merged)
+    stages(merged, "anchor")
+    after = made(merged)
+    assert (after["direction"], after["predictions"]) == (before["direction"], before["predictions"])
+    assert anchor_of(merged).file("model.safetensors").read_bytes() == bytes_before
+
+
+@pytest.mark.slow
+def test_compared_methods_can_stand_at_their_best_scale(merged: Path, edit_recipe: Edit) -> None:
+    evaluation = {"compare": ["average", "ta"], "compare_at": "validation", "bootstrap_samples": 100}
+    anchor = {"method": "ta", "scale": "validation", "scales": [0.1, 0.2]}
+    path = edit_recipe(merged, anchor=anchor, search={"trials": 1}, evaluation=evaluation)
+    document = merge(Recipe.from_yaml(path), store=merged / "store").document
+    assert {name: document["anchor"][name] for name in anchor} == anchor
+    chosen = document["anchor"]["chosen"]
+    assert [one["scale"] for one in chosen["tried"]] == [0.1, 0.2]
+    rows = {row["method"]: row["settings"] for row in document["methods"]}
+    assert rows["ta (the anchor)"] == {"scale": chosen["scale"], "chosen_on": "validation"}
+    assert rows["average"] == {}
+    assert rows["ta"]["chosen_on"] == "validation"
+    assert rows["ta"]["scale"] in TaskArithmeticSettings().scales
 
 
 @pytest.mark.slow
