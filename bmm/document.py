@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from bmm.checkpoint.layout import Layout
 from bmm.digest import digest_json
 from bmm.notes import other_bases, singular_grams, zero_task_vectors
 from bmm.recipe import Recipe
@@ -34,6 +35,8 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         expert.name: work.read(results["experts"].reference("experts", expert.name)).read_json("expert.json")
         for expert in inputs.experts
     }
+    layout_artefact = work.read(results["experts"].reference("layout"))
+    layout = Layout.from_json(layout_artefact.read_json("layout.json"))
     anchor = recipe.anchor.model_dump(mode="json")
     if inputs.anchor is not None:
         anchor["digest"] = inputs.anchor.digest
@@ -48,7 +51,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
             "source": inputs.base.source,
             "digest": inputs.base.digest,
             "revision": inputs.base.revision,
-            "license": work.read(results["experts"].reference("layout")).read_json("base.json")["license"],
+            "license": layout_artefact.read_json("base.json")["license"],
         },
         "experts": [
             {
@@ -59,6 +62,8 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
                 "task": expert.task["kind"],
                 "labels": experts[expert.name]["labels"],
                 "license": experts[expert.name]["license"],
+                "own_tokens": max(layout.extra_rows(expert.name).values(), default=0),
+                "own_tokenizer": expert.name in layout.tokenizers,
             }
             for expert in inputs.experts
         ],

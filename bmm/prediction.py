@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.vocabulary import EXTRA, with_vocabulary
 from bmm.evaluation.data import Split
 from bmm.evaluation.metrics import Measured
 from bmm.evaluation.model import Prepared, TaskModel
+from bmm.evaluation.vocabulary import extend
 from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import reading
 from bmm.progress import progress
@@ -135,7 +137,7 @@ class Panel:
         if task not in self._models:
             expert = self._experts[task]
             with expert.model.open() as checkpoint:
-                model = build_model(checkpoint, expert, self._batch_size)
+                model = build_model(checkpoint, expert, self._batch_size, self._layout)
                 model.load_head(head_tensors(checkpoint, self._layout, expert.name))
             if self._models:
                 model.share_encoder(next(iter(self._models.values())))
@@ -154,15 +156,36 @@ class Panel:
         models[0].load_encoder(state)
 
 
-def build_model(checkpoint: Checkpoint, expert: Expert, batch_size: int) -> TaskModel:
-    """Return an expert's model with what reads its rows; its weights are not loaded."""
-    kind = kind_of(expert.task["kind"])
-    return kind.build(checkpoint.config, checkpoint.tokenizer_folder, reading(expert.task), batch_size, expert.name)
+def build_model(checkpoint: Checkpoint, expert: Expert, batch_size: int, layout: Layout) -> TaskModel:
+    """Return an expert's model with what reads its rows; its weights are not loaded.
+
+    Its tables have the base's vocabulary, and behind it rows of the expert's own, which come with its head.
+    """
+    kind, config = kind_of(expert.task["kind"]), checkpoint.config
+    if layout.vocabulary is not None:
+        config = with_vocabulary(config, layout.vocabulary)
+    model = kind.build(config, checkpoint.tokenizer_folder, reading(expert.task), batch_size, expert.name)
+    extend(model.module, layout.extra_rows(expert.name))
+    return model
 
 
 def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:
     """Return what travels with one expert's head, under its model's own names."""
-    return {name: checkpoint.tensor(stored) for name, stored in layout.heads[expert].items()}
+    tensors = {name: checkpoint.tensor(stored) for name, stored in layout.heads[expert].items()}
+    own = own_rows(checkpoint, layout, expert)
+    for name, rows in own.items():
+        whole = name.replace(EXTRA, "")
+        if whole in tensors:
+            tensors[whole] = tensors[whole][: -len(rows)].clone()
+    return tensors | own
+
+
+def own_rows(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:
+    """Return the embedding rows of one expert's own tokens, `(tokens, width)` each, as its head calls them."""
+    return {
+        name: checkpoint.tensor(stored)[first : first + rows].clone()
+        for name, (stored, first, rows) in layout.extra.get(expert, {}).items()
+    }
 
 
 def read_split(artefact: Artefact, split: str) -> Split:

@@ -33,6 +33,7 @@ class ExpertWeights:
         self._order = tuple(experts)
         self._shared = {parameter.name: parameter for parameter in layout.shared}
         self._heads = layout.heads
+        self._extra = layout.extra
         self._linear = frozenset(linear)
 
     @property
@@ -57,9 +58,22 @@ class ExpertWeights:
         return self._base.tensor(self._shared[name].base_key)
 
     def expert(self, index: int, name: str) -> torch.Tensor:
-        """Return one expert's tensor in its stored dtype."""
+        """Return one expert's tensor in its stored dtype and the base's shape.
+
+        Rows of tokens that the base lacks are left out; rows that the expert lacks are the base's own, so that its task
+        vector is zero there.
+        """
         expert = self._order[index]
-        return self._experts[expert].tensor(self._shared[name].expert_keys[expert])
+        parameter = self._shared[name]
+        tensor = self._experts[expert].tensor(parameter.expert_keys[expert])
+        rows = parameter.shape[:1]
+        if parameter.shared_rows is None or tensor.shape[:1] == rows:
+            return tensor
+        if tensor.shape[0] > rows[0]:
+            return tensor[: rows[0]]
+        rest = self.base(name)[tensor.shape[0] :]
+        wide = torch.promote_types(tensor.dtype, rest.dtype)
+        return torch.cat([tensor.to(wide), rest.to(wide)])
 
     def check_finite(self, index: int, name: str) -> None:
         """Refuse a tensor of an expert with NaN or infinite entries.
@@ -77,7 +91,8 @@ class ExpertWeights:
     def check_head_finite(self, index: int) -> None:
         """Refuse an expert whose head has NaN or infinite entries, as `check_finite` does."""
         expert = self._order[index]
-        for stored in self._heads[expert].values():
+        own = [stored for stored, _, _ in self._extra.get(expert, {}).values()]
+        for stored in dict.fromkeys([*self._heads[expert].values(), *own]):
             require_finite(self._experts[expert].tensor(stored), self._experts[expert], stored)
 
 

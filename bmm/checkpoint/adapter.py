@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmm.checkpoint.allowed import check_allowed
+from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.lora import ADAPTER_CONFIG, LoraSettings, Orientation, adapted
 from bmm.checkpoint.reader import CONFIG, Checkpoint, digest_folder, find_support, read_config
 from bmm.checkpoint.shards import StoredTensor, read_header
@@ -342,15 +343,8 @@ def _base_names(base: Checkpoint, skeleton: Skeleton) -> dict[str, str]:
 
     The base's own head is left out unless the class has it too.
     """
-    inside = f"{skeleton.base_prefix}."
-    prefixed = any(name.startswith(inside) for name in base.names())
     prefix = f"{skeleton.prefix}." if skeleton.prefix else ""
-    names = {}
-    for stored in base.names():
-        if not prefixed:
-            names[prefix + stored] = stored
-        elif stored.startswith(inside):
-            names[prefix + stored.removeprefix(inside)] = stored
-        elif stored in skeleton.shapes:
-            names[stored] = stored
-    return names
+    encoder = encoder_names(base, skeleton.base_prefix)
+    names = {prefix + name: stored for name, stored in encoder.items()}
+    heads = set(base.names()) - set(encoder.values())
+    return names | {name: name for name in heads if name in skeleton.shapes}

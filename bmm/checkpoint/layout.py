@@ -6,13 +6,14 @@ of no use. It is plain JSON, so that later stages and reruns need neither transf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bmm.checkpoint.architecture import Architecture, encoder_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo
+from bmm.checkpoint.vocabulary import check_tokens, extra_name, vocabulary_size
 from bmm.errors import CheckpointError
 
 # Settings which change what the same shapes compute; each architecture names them in its own way.
@@ -35,11 +36,12 @@ class SharedParameter:
 
     Attributes:
         name: canonical name.
-        shape: the shape in all of them.
+        shape: the base's shape, and that of all experts but for the rows of other vocabularies.
         dtype: the base's dtype, in safetensors' words.
         base_key: name in the base, for `Checkpoint.tensor`.
         expert_keys: expert -> name in that expert.
         expert_dtypes: expert -> its dtype, which may differ from the base's among floats.
+        shared_rows: rows that base and all experts have, where their vocabularies differ; None for the same shape.
     """
 
     name: str
@@ -48,6 +50,7 @@ class SharedParameter:
     base_key: str
     expert_keys: dict[str, str]
     expert_dtypes: dict[str, str]
+    shared_rows: int | None = None
 
     @property
     def info(self) -> TensorInfo:
@@ -64,12 +67,23 @@ class Layout:
         shared: by canonical name, sorted.
         heads: expert -> {name in the task model's state dict: stored name} of what travels with the head.
         dropped: the base's stored names that no merge uses, sorted (its own head, an unused pooler).
+        extra: expert -> {name of the head's parameter: (stored name, first row, rows)}: the rows of an expert's own
+            tokens, which travel with its head.
+        vocabulary: the base's number of tokens, padding included, where an expert has another; else None.
+        tokenizers: experts whose tokenizer has other tokens than the base's.
     """
 
     prefix: str
     shared: tuple[SharedParameter, ...]
     heads: dict[str, dict[str, str]]
     dropped: tuple[str, ...]
+    extra: dict[str, dict[str, tuple[str, int, int]]] = field(default_factory=dict)
+    vocabulary: int | None = None
+    tokenizers: tuple[str, ...] = ()
+
+    def extra_rows(self, expert: str) -> dict[str, int]:
+        """Return by parameter of the head how many rows of its own an expert has."""
+        return {name: rows for name, (_, _, rows) in self.extra.get(expert, {}).items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout as plain JSON values."""
@@ -81,18 +95,33 @@ class Layout:
                 "base_key": parameter.base_key,
                 "expert_keys": dict(parameter.expert_keys),
                 "expert_dtypes": dict(parameter.expert_dtypes),
+                "shared_rows": parameter.shared_rows,
             }
             for parameter in self.shared
         ]
         heads = {expert: dict(keys) for expert, keys in self.heads.items()}
-        return {"prefix": self.prefix, "shared": shared, "heads": heads, "dropped": list(self.dropped)}
+        extra = {expert: {name: list(place) for name, place in rows.items()} for expert, rows in self.extra.items()}
+        return {
+            "prefix": self.prefix,
+            "shared": shared,
+            "heads": heads,
+            "dropped": list(self.dropped),
+            "extra": extra,
+            "vocabulary": self.vocabulary,
+            "tokenizers": list(self.tokenizers),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         """Build the layout that `to_json` described."""
         shared = tuple(SharedParameter(**{**entry, "shape": tuple(entry["shape"])}) for entry in value["shared"])
         heads = {expert: dict(keys) for expert, keys in value["heads"].items()}
-        return cls(value["prefix"], shared, heads, tuple(value["dropped"]))
+        extra = {
+            expert: {name: (str(stored), int(first), int(rows)) for name, (stored, first, rows) in places.items()}
+            for expert, places in value["extra"].items()
+        }
+        tokenizers = tuple(value["tokenizers"])
+        return cls(value["prefix"], shared, heads, tuple(value["dropped"]), extra, value["vocabulary"], tokenizers)
 
 
 def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]) -> Layout:
@@ -108,6 +137,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             superfluous, of another shape or kind.
     """
     prefix = _prefix(base, architectures)
+    tokenizers = check_tokens(base, experts)
     base_names = encoder_names(base, prefix)
     expert_names: dict[str, dict[str, str]] = {}
     for expert, checkpoint in experts.items():
@@ -144,7 +174,33 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
                 f"expert '{expert}' ({checkpoint.path}) lacks the parameter '{missing[0]}'{more} which its "
                 f"architecture needs; save it as {architectures[expert].auto_class} with `save_pretrained`"
             )
-    return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)))
+    extra, vocabulary = _own_rows(prefix, shared, heads, base, experts)
+    return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)), extra, vocabulary, tokenizers)
+
+
+def _own_rows(
+    prefix: str,
+    shared: Sequence[SharedParameter],
+    heads: Mapping[str, Mapping[str, str]],
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+) -> tuple[dict[str, dict[str, tuple[str, int, int]]], int | None]:
+    """Return each expert's rows behind the base's vocabulary, and that vocabulary's size if any expert has another."""
+    known = vocabulary_size(base.config)
+    if known is None or all(vocabulary_size(checkpoint.config) == known for checkpoint in experts.values()):
+        return {}, None
+    extra: dict[str, dict[str, tuple[str, int, int]]] = {}
+    for expert, checkpoint in experts.items():
+        rows = (vocabulary_size(checkpoint.config) or known) - known
+        tables = {f"{prefix}.{one.name}": one.expert_keys[expert] for one in shared if one.shared_rows is not None}
+        tables |= {
+            name: stored
+            for name, stored in heads[expert].items()
+            if checkpoint.info(stored).shape[:1] == (known + rows,) and name.endswith((".weight", ".bias"))
+        }
+        if rows > 0:
+            extra[expert] = {extra_name(name): (stored, known, rows) for name, stored in tables.items()}
+    return extra, known
 
 
 def _prefix(base: Checkpoint, architectures: Mapping[str, Architecture]) -> str:
@@ -216,10 +272,13 @@ def _share(
     """Check that all hold the same kind of tensor under a canonical name, and record where."""
     wanted = base.info(base_names[name])
     dtypes: dict[str, str] = {}
+    rows: int | None = None
     for expert, checkpoint in experts.items():
         own = checkpoint.info(expert_names[expert][name])
         if own.shape != wanted.shape:
-            raise CheckpointError(_other_shape(name, expert, own, checkpoint, wanted, base))
+            if not _is_vocabulary(own, checkpoint, wanted, base):
+                raise CheckpointError(_other_shape(name, expert, own, wanted))
+            rows = min(rows or wanted.shape[0], own.shape[0])
         if own.dtype != wanted.dtype and not (own.is_float and wanted.is_float):
             raise CheckpointError(
                 f"expert '{expert}' stores the tensor '{name}' as {own.dtype}, the base as {wanted.dtype}; "
@@ -227,23 +286,16 @@ def _share(
             )
         dtypes[expert] = own.dtype
     keys = {expert: expert_names[expert][name] for expert in experts}
-    return SharedParameter(name, wanted.shape, wanted.dtype, base_names[name], keys, dtypes)
+    return SharedParameter(name, wanted.shape, wanted.dtype, base_names[name], keys, dtypes, rows)
 
 
-def _other_shape(
-    name: str, expert: str, own: TensorInfo, checkpoint: Checkpoint, wanted: TensorInfo, base: Checkpoint
-) -> str:
-    is_vocabulary = (
-        len(own.shape) == len(wanted.shape) == 2
-        and own.shape[1] == wanted.shape[1]
-        and own.shape[0] == checkpoint.config.get("vocab_size")
-        and wanted.shape[0] == base.config.get("vocab_size")
-    )
-    if is_vocabulary:
-        return (
-            f"expert '{expert}' has a vocabulary of {own.shape[0]} tokens, the base one of {wanted.shape[0]} "
-            f"('{name}': {own.shape} against {wanted.shape}); fine-tune it with the base's own tokenizer"
-        )
+def _is_vocabulary(own: TensorInfo, checkpoint: Checkpoint, wanted: TensorInfo, base: Checkpoint) -> bool:
+    """Return whether two tensors differ in nothing but the number of their models' tokens."""
+    sizes = vocabulary_size(checkpoint.config), vocabulary_size(base.config)
+    return own.shape[1:] == wanted.shape[1:] and (*own.shape[:1], *wanted.shape[:1]) == sizes
+
+
+def _other_shape(name: str, expert: str, own: TensorInfo, wanted: TensorInfo) -> str:
     return (
         f"expert '{expert}' has the tensor '{name}' in the shape {own.shape}, the base in {wanted.shape}; "
         "experts must have been fine-tuned from the base"

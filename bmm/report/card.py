@@ -31,6 +31,8 @@ def model_card(document: Document) -> str:
         "warnings": findings.warnings(document),
         "folder": FOLDER_PLACEHOLDER,
         "task": ascii(experts[0]["name"]) if experts else "''",
+        "own_tokens": any(expert.get("own_tokens") for expert in document.get("experts") or []),
+        "own_tokenizer": any(expert.get("own_tokenizer") for expert in document.get("experts") or []),
         # How to load a model of one kind, shown for the first expert.
         "kind": str(experts[0]["task"] or DEFAULT_KIND) if experts else DEFAULT_KIND,
         "rows": task_rows(document, "test"),

@@ -44,7 +44,7 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
             draft.write_json("layout.json", layout.to_json())
             draft.write_json("base.json", {"license": base_checkpoint.license})
             first = experts[0]
-            model = build_model(checkpoints[first.name], first, 1)
+            model = build_model(checkpoints[first.name], first, 1, layout)
             draft.write_json("modules.json", _modules(kind_of(first.task["kind"]), model))
 
         digests = {expert.name: [expert.model.digest, expert.task["kind"]] for expert in experts}

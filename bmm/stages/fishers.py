@@ -39,7 +39,7 @@ def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: Fishe
                 expert = setup.experts[index]
                 split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
                 with expert.model.open() as checkpoint:
-                    model = build_model(checkpoint, expert, 1)
+                    model = build_model(checkpoint, expert, 1, setup.layout)
                     model.load_head(head_tensors(checkpoint, setup.layout, expert.name))
                 model.load_encoder({name: weights.expert(index, name) for name in names})
                 with progress(f"Fisher information of {expert.name}", len(split.rows)) as bar:

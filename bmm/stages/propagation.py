@@ -6,14 +6,16 @@ Part of the search stage, which needs the moments; the walk itself is `bmm.regre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bmm.evaluation.model import TaskModel
+from bmm.evaluation.vocabulary import fill, joined, shifted
 from bmm.kinds.settings import reading
-from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
+from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
 from bmm.progress import progress
 from bmm.regression.moments import Moments, total, trusted
 from bmm.regression.propagate import Walk
@@ -151,21 +153,37 @@ class _Walker:
                         parameters[name].copy_(self._weights.expert(index, name))
 
         batches = []
-        for source in self._setup.experts:
+        size = self._request.settings["batch_size"]
+        for index, source in enumerate(self._setup.experts):
             with source.model.open() as checkpoint:
-                model = build_model(checkpoint, source, self._request.settings["batch_size"])
+                model = build_model(checkpoint, source, size, self._setup.layout)
             rows = read_split(self._data(source.name), "calibration").rows
-            batches.append(list(model.batches(model.prepare(rows))))
+            batches.append([self._placed(batch, index) for batch in model.batches(model.prepare(rows))])
         return Walk(merged.encoder, expert.encoder, load_expert, batches, self._setup.regressed)
 
     def _model(self, state: Mapping[str, torch.Tensor]) -> TaskModel:
         first = self._setup.experts[0]
         with first.model.open() as checkpoint:
-            model = build_model(checkpoint, first, 1)
+            model = build_model(checkpoint, first, 1, self._setup.layout)
             # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
             model.load_head(head_tensors(checkpoint, self._setup.layout, first.name))
         model.load_encoder(state)
+        fill(model.encoder, self._own_rows[0])
         return model
+
+    @cached_property
+    def _own_rows(self) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """The rows of all experts' own tokens, in one table, since one model here runs the rows of all experts."""
+        prefix, tables = f"{self._setup.layout.prefix}.", []
+        for expert in self._setup.experts:
+            with expert.model.open() as checkpoint:
+                own = own_rows(checkpoint, self._setup.layout, expert.name)
+            tables.append({name.removeprefix(prefix): rows for name, rows in own.items() if name.startswith(prefix)})
+        return joined(tables)
+
+    def _placed(self, batch: Mapping[str, torch.Tensor], expert: int) -> Mapping[str, torch.Tensor]:
+        vocabulary = self._setup.layout.vocabulary
+        return batch if vocabulary is None else shifted(batch, vocabulary, self._own_rows[1][expert])
 
     def _data(self, expert: str) -> Artefact:
         return self._work.read(self._request.inputs["experts"][expert])

@@ -19,6 +19,7 @@ from torch import Tensor
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, torch_dtype
+from bmm.checkpoint.vocabulary import with_vocabulary
 from bmm.checkpoint.writer import write_weights
 from bmm.prediction import StoredWeights, head_tensors
 from bmm.sizes import parse_bytes
@@ -50,8 +51,15 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
                 checkpoint = stack.enter_context(expert.model.open())
                 head = head_tensors(checkpoint, setup.layout, expert.name)
                 # One entry only: safetensors writes several in a random order.
-                metadata = {"config": json.dumps(checkpoint.config, sort_keys=True)}
+                config = checkpoint.config
+                if setup.layout.vocabulary is not None:
+                    config = with_vocabulary(config, setup.layout.vocabulary)
+                metadata = {"config": json.dumps(config, sort_keys=True)}
                 save_file(head, draft.path / "heads" / f"{expert.name}.safetensors", metadata=metadata)
+                if expert.name in setup.layout.tokenizers:
+                    (draft.path / "heads" / expert.name).mkdir()
+                    for file in checkpoint.tokenizer_files:
+                        shutil.copyfile(file, draft.path / "heads" / expert.name / file.name)
 
     inputs = {**request.inputs, "base": setup.base.digest}
     return {"model": work.obtain("model", inputs, make, settings=dict(request.settings)).to_json()}

@@ -115,6 +115,8 @@ def _write_best(
         members = assembler.parameters.get(name, ())
         entry: dict[str, Any] = {"parameter": name, "shape": list(weights.parameter(name).shape), "module": None}
         entry |= {"treatment": treatments[name], "lambda": None, "gamma": None, "condition": None}
+        if (shared_rows := weights.parameter(name).shared_rows) is not None:
+            entry["shared_rows"] = shared_rows
         tensor = rest[name]
         if members:
             entry |= {"module": groups[members[0]], "treatment": "anchored"}

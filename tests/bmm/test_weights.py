@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,33 @@ def test_tensors_come_by_canonical_name_and_experts_in_the_order_given(pico: Pat
     assert weights.parameter(QUERY).shape == (16, 16)
     assert weights.is_linear(QUERY)
     assert not weights.is_linear("embeddings.word_embeddings.weight")
+
+
+def test_rows_that_only_one_side_has_are_left_out_or_the_bases(pico: Path) -> None:
+    table = "embeddings.word_embeddings.weight"
+    stored = {}
+    for name, rows in (("task1", 70), ("task0", 60)):
+        folder = pico / "experts" / name
+        tensors = load_file(folder / "model.safetensors")
+        old = tensors[f"bert.{table}"].to(torch.bfloat16)
+        stored[name] = torch.cat([old, old])[:rows]
+        save_file({**tensors, f"bert.{table}": stored[name]}, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    weights = opened(pico)
+    base = weights.base(table)
+    assert base.shape == (65, 16)
+    assert torch.equal(weights.expert(0, table), stored["task1"][:65])
+    assert torch.equal(weights.expert(1, table), torch.cat([stored["task0"].float(), base[60:]]))
+    assert weights.parameter(table).shared_rows == 60
+    # The rows that travel with the head are looked at as well.
+    stored["task1"][68, 3] = float("nan")
+    file = pico / "experts" / "task1" / "model.safetensors"
+    save_file({**load_file(file), f"bert.{table}": stored["task1"]}, file, metadata={"format": "pt"})
+    weights = opened(pico)
+    weights.check_finite(0, table)
+    with pytest.raises(CheckpointError, match="1 NaN"):
+        weights.check_head_finite(0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -121,20 +121,36 @@ def test_settings_that_shapes_do_not_show_are_compared(save, key: str) -> None:
     refused(save("base"), "expert 'mail'", f"'{key}' 4", "base 2", news=save("news"), mail=other)
 
 
-def test_another_vocabulary_is_refused_with_both_sizes(save) -> None:
-    refused(
-        save("base"),
-        *(
-            "expert 'mail'",
-            "vocabulary of 120",
-            "one of 100",
-            "word_embeddings.weight",
-            "(120, 16)",
-            "(100, 16)",
-        ),
-        news=save("news"),
-        mail=save("mail", vocab_size=120),
-    )
+def test_other_vocabularies_share_the_bases_rows_and_keep_their_own(save) -> None:
+    table, name = "embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.extra_weight"
+    found = layout(save("base"), news=save("news"), mail=save("mail", vocab_size=120), chat=save("chat", vocab_size=96))
+    rows = {parameter.name: parameter.shared_rows for parameter in found.shared if parameter.shared_rows is not None}
+    assert rows == {table: 96}
+    (parameter,) = (parameter for parameter in found.shared if parameter.name == table)
+    assert parameter.shape == (100, 16)
+    assert found.vocabulary == 100
+    assert found.extra == {"mail": {name: (f"bert.{table}", 100, 20)}}
+    assert found.extra_rows("mail") == {name: 20}
+    assert found.extra_rows("news") == found.extra_rows("chat") == {}
+    assert Layout.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert layout(save("base"), news=save("news"), mail=save("other")).vocabulary is None
+
+
+def test_rows_that_no_vocabulary_explains_are_refused(save, edit_json) -> None:
+    mail = save("mail", vocab_size=120)
+    edit_json(mail / "config.json", lambda value: value.update(vocab_size=110))
+    refused(save("base"), "expert 'mail'", "(120, 16)", "(100, 16)", news=save("news"), mail=mail)
+    wide = save("wide", vocab_size=120, hidden_size=32)
+    refused(save("base"), "expert 'wide'", news=save("news"), wide=wide)
+
+
+def test_tokenizers_that_disagree_are_refused(save) -> None:
+    base, news, mail = save("base"), save("news"), save("mail")
+    (base / "vocab.txt").write_text("one\ntwo\n")
+    (news / "vocab.txt").write_text("one\ntwo\nthree\n")
+    assert layout(base, news=news, mail=mail).tokenizers == ("news",)
+    (mail / "vocab.txt").write_text("one\ndos\n")
+    refused(base, "expert 'mail'", "token 1 'dos'", "'two'", news=news, mail=mail)
 
 
 def test_another_shape_is_refused_with_both_shapes(save) -> None:
