@@ -113,15 +113,15 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
-        """Build the layout that `to_json` described."""
+        """Build the layout that `to_json` described; one kept by an earlier version knows of one vocabulary only."""
         shared = tuple(SharedParameter(**{**entry, "shape": tuple(entry["shape"])}) for entry in value["shared"])
         heads = {expert: dict(keys) for expert, keys in value["heads"].items()}
         extra = {
             expert: {name: (str(stored), int(first), int(rows)) for name, (stored, first, rows) in places.items()}
-            for expert, places in value["extra"].items()
+            for expert, places in value.get("extra", {}).items()
         }
-        tokenizers = tuple(value["tokenizers"])
-        return cls(value["prefix"], shared, heads, tuple(value["dropped"]), extra, value["vocabulary"], tokenizers)
+        tokenizers = tuple(value.get("tokenizers", ()))
+        return cls(value["prefix"], shared, heads, tuple(value["dropped"]), extra, value.get("vocabulary"), tokenizers)
 
 
 def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]) -> Layout:
