@@ -6,13 +6,14 @@ in memory here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from bmm.checkpoint.layout import Layout, SharedParameter
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
+from bmm.modules.linear import LinearMap
 
 
 class ExpertWeights:
@@ -22,11 +23,11 @@ class ExpertWeights:
         base: the base checkpoint.
         experts: the experts by name, in the recipe's order.
         layout: which stored tensor is which shared parameter.
-        linear: canonical names of the linear maps' weights.
+        maps: the linear maps that methods of merging have a rule for.
     """
 
     def __init__(
-        self, base: Checkpoint, experts: Mapping[str, Checkpoint], layout: Layout, linear: Collection[str]
+        self, base: Checkpoint, experts: Mapping[str, Checkpoint], layout: Layout, maps: Sequence[LinearMap]
     ) -> None:
         self._base = base
         self._experts = dict(experts)
@@ -34,7 +35,9 @@ class ExpertWeights:
         self._shared = {parameter.name: parameter for parameter in layout.shared}
         self._heads = layout.heads
         self._extra = layout.extra
-        self._linear = frozenset(linear)
+        self._maps: dict[str, list[LinearMap]] = {}
+        for map_ in maps:
+            self._maps.setdefault(map_.weight, []).append(map_)
 
     @property
     def count(self) -> int:
@@ -49,9 +52,9 @@ class ExpertWeights:
         """Return what the layout says of a parameter."""
         return self._shared[name]
 
-    def is_linear(self, name: str) -> bool:
-        """Say whether a parameter is the weight of a linear map."""
-        return name in self._linear
+    def maps(self, name: str) -> Sequence[LinearMap]:
+        """Return the linear maps whose matrices a parameter holds."""
+        return self._maps.get(name, ())
 
     def base(self, name: str) -> torch.Tensor:
         """Return the base's tensor in its stored dtype."""

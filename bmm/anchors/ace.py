@@ -23,14 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import ACESettings
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
+from bmm.anchors.task_vectors import LinearMapAnchor, TaskVectors, number
 
 _TINY = 1e-12
 
 
-class ACE(TaskVectorAnchor):
+class ACE(LinearMapAnchor):
     """Merges linear maps by covariances estimated from their task vectors and averages the rest."""
 
     def __init__(self, settings: ACESettings) -> None:
@@ -41,24 +40,22 @@ class ACE(TaskVectorAnchor):
         """What the merged task vector is multiplied by."""
         return number(self.settings.scale)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the merged task vector."""
-        if not linear:
-            return vectors.mean(), "averaged"
         settings = self.settings
         energies = torch.tensor([float(vector.square().sum()) for vector in vectors], dtype=torch.float64)
         if not len(energies):
-            return None, "anchored"
+            return None
         apart = heterogeneous(energies, settings.threshold)
         total, target, ridge = _normal_equations(vectors, settings.ridge, normalise=apart)
         prior = total.mean(dim=0)
         if apart:
             prior = prior / (energies.mean() + _TINY)
         total.diagonal().add_(ridge)
-        merged = torch.linalg.solve(total + prior, target, left=False)
+        merged: Tensor = torch.linalg.solve(total + prior, target, left=False)
         if apart:
             merged += _correction(vectors, merged, total / len(energies), settings.spectrum)
-        return merged, "anchored"
+        return merged
 
 
 def heterogeneous(energies: Tensor, threshold: float) -> bool:

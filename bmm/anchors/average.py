@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import AverageSettings
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
 
@@ -12,9 +11,11 @@ from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
 class Average(TaskVectorAnchor):
     """Averages every floating-point tensor."""
 
+    treatment = "averaged"
+
     def __init__(self, settings: AverageSettings) -> None:
         self.settings = settings
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the mean of the task vectors."""
-        return vectors.mean(), "averaged"
+        return vectors.mean()

@@ -15,12 +15,13 @@ trimming by magnitude, which is `density: 1` here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment, Weights
+from bmm.anchors.interface import Matrix, Treatment, Weights
 from bmm.anchors.settings import DARESettings, TaskArithmeticSettings, TIESSettings
 from bmm.anchors.task_arithmetic import TaskArithmetic
 from bmm.anchors.task_vectors import ScaledAnchor, TaskVectors
@@ -78,9 +79,9 @@ class Thinned:
         """Return the base model's tensor, in its stored dtype."""
         return self.weights.base(name)
 
-    def is_linear(self, name: str) -> bool:
-        """Say whether the tensor is the `(out, in)` matrix of an attention or MLP linear map."""
-        return self.weights.is_linear(name)
+    def maps(self, name: str) -> Sequence[Matrix]:
+        """Return the linear maps whose matrices the tensor holds."""
+        return self.weights.maps(name)
 
     def expert(self, index: int, name: str) -> Tensor:
         """Return one thinned expert's tensor, float64.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment, Weights
+from bmm.anchors.interface import Weights
 from bmm.anchors.settings import FisherSettings
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
 from bmm.errors import BMMError
@@ -50,7 +50,7 @@ class Fisher(TaskVectorAnchor):
                 norms.append(squares**0.5)
         self._norms = tuple(norms)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the weighted mean of the task vectors.
 
         Raises:
@@ -71,4 +71,4 @@ class Fisher(TaskVectorAnchor):
                 own /= norm + floor
             total += own * vector
             weight += own
-        return (total / weight if changed else None), "anchored"
+        return total / weight if changed else None

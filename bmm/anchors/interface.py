@@ -1,18 +1,29 @@
 """The contract of an anchor method: what it reads (`Weights`, `Sources`) and returns (`Merged`).
 
 No method lives here, and no checkpoint is opened here: whoever calls decides where tensors come from, and
-which parameters are linear maps.
+which parameters hold linear maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 Treatment = Literal["anchored", "averaged", "copied"]
+
+
+class Matrix(Protocol):
+    """One linear map's matrix, wherever in a parameter it lies."""
+
+    @property
+    def module(self) -> str:
+        """The map's own name."""
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """Return the matrix `(out, in)` as a view of its parameter."""
 
 
 class Weights(Protocol):
@@ -31,8 +42,8 @@ class Weights(Protocol):
     def expert(self, index: int, name: str) -> Tensor:
         """Return one expert's tensor, in its stored dtype and of the base's shape."""
 
-    def is_linear(self, name: str) -> bool:
-        """Say whether the tensor is the `(out, in)` matrix of an attention or MLP linear map."""
+    def maps(self, name: str) -> Sequence[Matrix]:
+        """Return the linear maps whose matrices the tensor holds; none for a bias, a norm or an embedding."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Sources:
 
     Args:
         checkpoint: gives the anchor checkpoint's tensor of a canonical name.
-        gram: gives expert `t`'s Gram matrix `(in, in)`, float64, by (t, name of a linear map's weight).
+        gram: gives expert `t`'s Gram matrix `(in, in)`, float64, by (t, name of a linear map).
         fisher: gives expert `t`'s diagonal Fisher information, of the parameter's shape, by (t, canonical name).
     """
 

@@ -21,13 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import IsoCSettings, IsoCTSSettings
 from bmm.anchors.spectra import polar_factor, rank_of
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
+from bmm.anchors.task_vectors import LinearMapAnchor, TaskVectors, number
 
 
-class IsoC(TaskVectorAnchor):
+class IsoC(LinearMapAnchor):
     """Merges linear maps with one strength for all common directions and averages the rest."""
 
     def __init__(self, settings: IsoCSettings) -> None:
@@ -38,15 +37,13 @@ class IsoC(TaskVectorAnchor):
         """What the isotropic task vector is multiplied by."""
         return number(self.settings.scale)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the isotropic task vector."""
-        if not linear:
-            return vectors.mean(), "averaged"
         total = vectors.total()
-        return (None if total is None else isotropic(total)), "anchored"
+        return None if total is None else isotropic(total)
 
 
-class IsoCTS(TaskVectorAnchor):
+class IsoCTS(LinearMapAnchor):
     """Merges linear maps with one strength for common and task-specific directions and averages the rest."""
 
     def __init__(self, settings: IsoCTSSettings) -> None:
@@ -57,11 +54,9 @@ class IsoCTS(TaskVectorAnchor):
         """What the isotropic task vector is multiplied by."""
         return number(self.settings.scale)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the isotropic task vector."""
-        if not linear:
-            return vectors.mean(), "averaged"
-        return common_and_specific(vectors, self.settings.common), "anchored"
+        return common_and_specific(vectors, self.settings.common)
 
 
 def isotropic(matrix: Tensor) -> Tensor:

@@ -14,32 +14,30 @@ from typing import overload
 
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import RegMeanSettings
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import LinearMapAnchor, TaskVectors
 from bmm.regression.regmean import regmean
 
 
-class RegMean(TaskVectorAnchor):
+class RegMean(LinearMapAnchor):
     """Merges linear maps by the experts' Gram matrices and averages the rest.
 
     Args:
         settings: how much of the off-diagonal entries is kept.
-        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, name of the weight).
+        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, name of the linear map).
     """
 
     def __init__(self, settings: RegMeanSettings, gram: Callable[[int, str], Tensor]) -> None:
         self.settings = settings
         self._gram = gram
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the regression of the task vectors."""
-        mean = vectors.mean()
-        if not linear or mean is None:
-            return mean, "anchored" if linear else "averaged"
+        if vectors.total() is None:
+            return None
         experts = _Read(vectors.count, vectors.at)
-        grams = _Read(vectors.count, lambda index: self._gram(index, vectors.name))
-        return regmean(experts, grams, alpha=self.settings.off_diagonal, where=vectors.name), "anchored"
+        grams = _Read(vectors.count, lambda index: self._gram(index, vectors.map))
+        return regmean(experts, grams, alpha=self.settings.off_diagonal, where=vectors.map)
 
 
 class _Read(Sequence[Tensor]):

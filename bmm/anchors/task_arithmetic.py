@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import TaskArithmeticSettings
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 
@@ -20,6 +19,6 @@ class TaskArithmetic(TaskVectorAnchor):
         """What the sum is multiplied by."""
         return number(self.settings.scale)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the sum of the task vectors."""
-        return vectors.total(), "anchored"
+        return vectors.total()

@@ -9,22 +9,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Merged, Treatment, Weights
+from bmm.anchors.interface import Matrix, Merged, Treatment, Weights
 from bmm.errors import BMMError, CheckpointError
 
 
 class TaskVectors:
-    """The task vectors `τ_t = W_t − W_0` of one tensor, float64, one expert in memory at a time.
+    """The task vectors `τ_t = W_t − W_0` of one tensor or of one matrix in it, float64, an expert in memory at a time.
 
     Iterating reads the experts afresh and leaves out those that equal the base: they carry nothing, and
     have no direction for a method to normalise.
+
+    Args:
+        name: the tensor.
+        weights: base and experts.
+        matrix: which part of it; None for all.
     """
 
-    def __init__(self, name: str, weights: Weights) -> None:
+    def __init__(self, name: str, weights: Weights, matrix: Matrix | None = None) -> None:
         self.name = name
         self.count = weights.count
-        self.base = checked(weights.base(name), name, "the base model").to(torch.float64)
         self._weights = weights
+        self._matrix = matrix
+        self.base = self._part(weights.base(name), "the base model")
+
+    @property
+    def map(self) -> str:
+        """Name of the linear map, or of the tensor where that is taken whole."""
+        return self.name if self._matrix is None else self._matrix.module
 
     def at(self, index: int) -> Tensor:
         """Return one expert's task vector, zero or not.
@@ -33,15 +44,19 @@ class TaskVectors:
             CheckpointError: the tensor holds NaN or infinities, or has another shape than the base's.
         """
         owner = f"expert {index + 1} of {self.count}"
-        tensor = checked(self._weights.expert(index, self.name), self.name, owner)
-        require_shape(tensor, self.base, self.name, owner)
-        return tensor.to(torch.float64) - self.base
+        tensor = self._weights.expert(index, self.name)
+        require_shape(tensor, self._weights.base(self.name), self.name, owner)
+        return self._part(tensor, owner) - self.base
 
     def __iter__(self) -> Iterator[Tensor]:
         for index in range(self.count):
             vector = self.at(index)
             if bool(vector.any()):
                 yield vector
+
+    def _part(self, tensor: Tensor, owner: str) -> Tensor:
+        part = tensor if self._matrix is None else self._matrix.part(tensor)
+        return checked(part, self.name, owner).to(torch.float64)
 
     def total(self) -> Tensor | None:
         """Return `Σ τ_t`, or None where every expert equals the base."""
@@ -91,16 +106,40 @@ class ScaledAnchor(ABC):
 
 
 class TaskVectorAnchor(ScaledAnchor):
-    """A method whose direction of one tensor is some combination of that tensor's task vectors."""
+    """A method whose direction of one tensor is some combination of that tensor's task vectors, whatever it is."""
+
+    treatment: Treatment = "anchored"
 
     def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
         """Return the combination of the task vectors; see `ScaledAnchor.direction`."""
-        vectors = TaskVectors(name, weights)
-        return self.combine(vectors, linear=vectors.base.ndim == 2 and weights.is_linear(name))
+        return self.combine(TaskVectors(name, weights)), self.treatment
 
     @abstractmethod
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
-        """Return the direction, before any scale (float64, None if every expert equals the base), and its treatment."""
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
+        """Return the direction, before any scale, float64, or None if every expert equals the base."""
+
+
+class LinearMapAnchor(ScaledAnchor):
+    """A method with a rule for linear maps, matrix by matrix; everything else gets the mean of the task vectors."""
+
+    def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
+        """Return the tensor with each of its matrices merged; see `ScaledAnchor.direction`."""
+        maps = weights.maps(name)
+        whole = TaskVectors(name, weights)
+        if not maps:
+            return whole.mean(), "averaged"
+        covered = sum(map_.part(whole.base).numel() for map_ in maps)
+        direction = None if covered == whole.base.numel() else whole.mean()
+        for map_ in maps:
+            merged = self.combine(TaskVectors(name, weights, map_))
+            if merged is not None:
+                direction = torch.zeros_like(whole.base) if direction is None else direction
+                map_.part(direction).copy_(merged)
+        return direction, "anchored"
+
+    @abstractmethod
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
+        """Return a matrix's direction `(out, in)` before any scale, float64, or None if no expert changed it."""
 
 
 def number(scale: float | Literal["validation"]) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment, Weights
+from bmm.anchors.interface import Weights
 from bmm.anchors.settings import TIESSettings
 from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
 from bmm.errors import BMMError
@@ -39,7 +39,7 @@ class TIES(TaskVectorAnchor):
         if self.settings.scope == "global":
             self._thresholds = global_thresholds(weights, self.settings.density)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:  # noqa: ARG002
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the merged task vector."""
         # One running sum and count a sign: which sign wins is known only after the last expert.
         up, down = torch.zeros_like(vectors.base), torch.zeros_like(vectors.base)
@@ -54,14 +54,13 @@ class TIES(TaskVectorAnchor):
             ups += vector > 0
             downs += vector < 0
         if not changed:
-            return None, "anchored"
+            return None
         if self.settings.combine == "mean":
             merged_up, merged_down = up / ups.clamp(min=1), down / downs.clamp(min=1)
         else:
             merged_up, merged_down = up, down
         elected = up + down
-        merged = torch.where(elected > 0, merged_up, torch.where(elected < 0, merged_down, 0.0))
-        return merged, "anchored"
+        return torch.where(elected > 0, merged_up, torch.where(elected < 0, merged_down, 0.0))
 
     @property
     def scale(self) -> float:

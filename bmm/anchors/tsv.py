@@ -19,13 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import TSVSettings
 from bmm.anchors.spectra import polar_factor, rank_of
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors, number
+from bmm.anchors.task_vectors import LinearMapAnchor, TaskVectors, number
 
 
-class TSV(TaskVectorAnchor):
+class TSV(LinearMapAnchor):
     """Merges linear maps by their task singular vectors and averages the rest."""
 
     def __init__(self, settings: TSVSettings) -> None:
@@ -36,11 +35,9 @@ class TSV(TaskVectorAnchor):
         """What the merged task vector is multiplied by."""
         return number(self.settings.scale)
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the merged task vector."""
-        merged = merge_singular_vectors(vectors) if linear else vectors.mean()
-        treatment: Treatment = "anchored" if linear else "averaged"
-        return merged, treatment
+        return merge_singular_vectors(vectors)
 
 
 def merge_singular_vectors(vectors: TaskVectors) -> Tensor | None:

@@ -20,31 +20,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmm.anchors.interface import Treatment
 from bmm.anchors.settings import WUDISettings
-from bmm.anchors.task_vectors import TaskVectorAnchor, TaskVectors
+from bmm.anchors.task_vectors import LinearMapAnchor, TaskVectors
 
 
-class WUDI(TaskVectorAnchor):
+class WUDI(LinearMapAnchor):
     """Merges linear maps with the least interference and averages the rest."""
 
     def __init__(self, settings: WUDISettings) -> None:
         self.settings = settings
 
-    def combine(self, vectors: TaskVectors, *, linear: bool) -> tuple[Tensor | None, Treatment]:
+    def combine(self, vectors: TaskVectors) -> Tensor | None:
         """Return the merged task vector."""
-        if not linear:
-            return vectors.mean(), "averaged"
         system = normal_equations(vectors)
         if system is None:
-            return None, "anchored"
+            return None
         gram, target = system
         if self.settings.solver == "exact":
-            return minimise(gram, target, self.settings.cutoff), "anchored"
+            return minimise(gram, target, self.settings.cutoff)
         start = vectors.total()
         if start is None:
-            return None, "anchored"
-        return descend(start, gram, target, self.settings.steps, self.settings.learning_rate), "anchored"
+            return None
+        return descend(start, gram, target, self.settings.steps, self.settings.learning_rate)
 
 
 def normal_equations(vectors: TaskVectors) -> tuple[Tensor, Tensor] | None:

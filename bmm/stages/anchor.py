@@ -63,7 +63,7 @@ def anchor_artefact(
         "base": setup.base.digest,
         "experts": [expert.model.digest for expert in setup.experts],
         "parameters": [parameter.name for parameter in setup.layout.shared],
-        "linear": list(setup.matrices),
+        "linear": [[map_.module, *vars(map_.site).values()] for map_ in setup.matrices],
         "checkpoint": explicit.digest if explicit else None,
         "grams": [gram["digest"] for gram in grams],
         "fishers": [fisher.digest for fisher in fishers],
@@ -177,7 +177,7 @@ def _direction_artefact(work: Work, setup: Setup, settings: ScaledSettings, inpu
 
 def _gram_reader(work: Work, setup: Setup, grams: Sequence[Mapping[str, str]]) -> Callable[[int, str], torch.Tensor]:
     readers = [GramReader(work.read(gram).file("grams.zarr")) for gram in grams]
-    group_of = {map_.weight: map_.input_group for map_ in setup.regressed}
+    group_of = {map_.module: map_.input_group for map_ in setup.regressed}
     return lambda index, name: readers[index].gram(group_of[name])
 
 

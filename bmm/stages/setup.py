@@ -32,10 +32,10 @@ class Setup:
         return tuple(map_ for map_ in self.maps if map_.weight in shared)
 
     @property
-    def matrices(self) -> tuple[str, ...]:
-        """Canonical names of the parameters which are, whole, the matrix of one linear map."""
+    def matrices(self) -> tuple[LinearMap, ...]:
+        """The regressed maps that methods of merging have a rule for: all but convolutions, which they average."""
         shapes = {parameter.name: parameter.shape for parameter in self.layout.shared}
-        return tuple(map_.weight for map_ in self.regressed if len(shapes[map_.weight]) == 2 and map_.rows is None)
+        return tuple(map_ for map_ in self.regressed if len(shapes[map_.weight]) == 2 or map_.index is not None)
 
     @contextmanager
     def weights(self) -> Iterator[ExpertWeights]:

@@ -11,9 +11,11 @@ from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
+from bmm.modules.linear import LinearMap
 from bmm.weights import ExpertWeights, require_finite
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
+MAP = LinearMap("encoder.layer.0.attention.self.query", 16, 16, "query", "qkv", 0, QUERY)
 
 
 def opened(pico: Path) -> ExpertWeights:
@@ -21,7 +23,7 @@ def opened(pico: Path) -> ExpertWeights:
     experts = {name: Checkpoint.open(pico / "experts" / name) for name in ("task1", "task0")}
     classifier = Architecture("AutoModelForSequenceClassification", "text classifier")
     layout = compare(base, experts, dict.fromkeys(experts, classifier))
-    return ExpertWeights(base, experts, layout, [QUERY])
+    return ExpertWeights(base, experts, layout, [MAP])
 
 
 def test_tensors_come_by_canonical_name_and_experts_in_the_order_given(pico: Path) -> None:
@@ -35,8 +37,8 @@ def test_tensors_come_by_canonical_name_and_experts_in_the_order_given(pico: Pat
         assert torch.equal(weights.expert(index, QUERY), stored[f"bert.{QUERY}"])
     assert not torch.equal(weights.expert(0, QUERY), weights.expert(1, QUERY))
     assert weights.parameter(QUERY).shape == (16, 16)
-    assert weights.is_linear(QUERY)
-    assert not weights.is_linear("embeddings.word_embeddings.weight")
+    assert list(weights.maps(QUERY)) == [MAP]
+    assert not weights.maps("embeddings.word_embeddings.weight")
 
 
 def test_rows_that_only_one_side_has_are_left_out_or_the_bases(pico: Path) -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 SHAPES = {"map.weight": (6, 9), "tall.weight": (9, 4), "map.bias": (6,), "embedding.weight": (7, 4)}
 LINEAR = ("map.weight", "tall.weight")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A linear map whose matrix is a parameter as it stands."""
+
+    module: str
+
+    def part(self, parameter):
+        return parameter
 
 
 class MemoryWeights:
@@ -39,8 +50,8 @@ class MemoryWeights:
     def _gone(self):
         self.alive -= 1
 
-    def is_linear(self, name):
-        return name in self.linear
+    def maps(self, name):
+        return [Whole(name)] if name in self.linear else []
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]):
         """Return the same weights with `function` applied to every expert's task vectors."""

@@ -11,6 +11,7 @@ from bmm.anchors.wudi import minimise, normal_equations
 from bmm.errors import BMMError
 from bmm.grams.collect import GramSum
 from bmm.grams.estimate import blend, from_task_vectors
+from bmm.modules.linear import LinearMap
 from bmm.regression.posterior import decompose, factor, residual
 
 SEEDS = st.integers(0, 2**31)
@@ -35,8 +36,8 @@ class Held:
     def names(self) -> tuple[str, ...]:
         return (NAME,)
 
-    def is_linear(self, name: str) -> bool:
-        return name == NAME
+    def maps(self, name: str) -> list[LinearMap]:
+        return [LinearMap(name, *self._base[name].shape, name, "other", None, name)]
 
     def base(self, name: str) -> Tensor:
         return self._base[name]
