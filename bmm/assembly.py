@@ -23,6 +23,8 @@ from bmm.weights import ExpertWeights
 
 GramOf = Callable[[int, str], torch.Tensor]
 TensorOf = Callable[[str], torch.Tensor]
+Spread = Callable[["Problem", float], torch.Tensor]
+"""What is added to a map's posterior mean at `λ`, of its shape, float64: a draw's deviation."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,13 @@ class Assembler:
         """Canonical name of every regressed parameter, with the maps whose matrices it holds."""
         return self._members
 
-    def solve(self, module: str, setting: Setting) -> Solved:
-        """Return one map's solution at one setting.
+    @property
+    def problems(self) -> Mapping[str, Problem]:
+        """The maps' problems by module."""
+        return self._problems
+
+    def solve(self, module: str, setting: Setting, spread: Spread | None = None) -> Solved:
+        """Return one map's solution at one setting, with `spread` that of a draw rather than of the mean.
 
         `λ = ∞` with `γ = 1` gives the anchor's own, bit for bit.
 
@@ -86,6 +93,8 @@ class Assembler:
         """
         problem = self._problems[module]
         mean = problem.posterior.mean(setting.lam)
+        if spread is not None:
+            mean += spread(problem, setting.lam)
         solution = (mean if setting.gamma == 1.0 else assemble(problem.base, mean, setting.gamma)).to(torch.float32)
         if not bool(torch.isfinite(solution).all()):
             raise FloatingPointError(f"the weight of {module} is not finite at λ={setting.lam:g}, γ={setting.gamma:g}")
@@ -93,11 +102,11 @@ class Assembler:
         anchored = problem.posterior.spectrum.trace == 0
         return Solved(solution, condition if math.isfinite(condition) else None, anchored)
 
-    def weights(self, settings: Mapping[str, Setting]) -> dict[str, torch.Tensor]:
-        """Return every regressed parameter by canonical name, float32, given a setting for each map."""
+    def weights(self, settings: Mapping[str, Setting], spread: Spread | None = None) -> dict[str, torch.Tensor]:
+        """Return every regressed parameter by canonical name, float32, at a setting for each map; see `solve`."""
         tensors: dict[str, torch.Tensor] = {}
         for module, problem in self._problems.items():
-            self._place(problem, self.solve(module, settings[module]).solution, tensors)
+            self._place(problem, self.solve(module, settings[module], spread).solution, tensors)
         return tensors
 
     def parameter(self, name: str, settings: Mapping[str, Setting]) -> tuple[torch.Tensor, dict[str, Solved]]:

@@ -19,6 +19,7 @@ from bmm.checkpoint.vocabulary import EXTRA, with_vocabulary
 from bmm.evaluation.data import Split
 from bmm.evaluation.metrics import Measured
 from bmm.evaluation.model import Prepared, TaskModel
+from bmm.evaluation.scores import CLASSIFICATION
 from bmm.evaluation.vocabulary import extend
 from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import reading
@@ -74,6 +75,12 @@ class Panel:
         labels = [row.label for row in self._split(task, split).rows]
         return Measured(metric, metric.statistics(answers, labels))
 
+    def classes(self, task: str, split: str) -> list[int] | None:
+        """Return the class id of every row of a split, None where a task's answers are not scores of classes."""
+        if kind_of(self._experts[task].task["kind"]).metrics is not CLASSIFICATION:
+            return None
+        return [int(row.label) for row in self._split(task, split).rows]
+
     def evaluate(self, state: EncoderState, split: str) -> dict[str, Measured]:
         """Run encoder weights on one split of every task; nothing is kept.
 
@@ -91,7 +98,14 @@ class Panel:
     def predictions(
         self, encoder: str, state: Callable[[], EncoderState], tasks: Sequence[str], split: str, what: str
     ) -> dict[str, Measured]:
-        """Return, by task, what an encoder's answers are worth; runs only what the store does not have.
+        """Return, by task, what an encoder's answers are worth; takes what `logits` does."""
+        answers = self.logits(encoder, state, tasks, split, what)
+        return {task: self.measured(task, split, found) for task, found in answers.items()}
+
+    def logits(
+        self, encoder: str, state: Callable[[], EncoderState], tasks: Sequence[str], split: str, what: str
+    ) -> dict[str, torch.Tensor]:
+        """Return an encoder's answers by task; runs only what the store does not have.
 
         Args:
             encoder: digest of the encoder's weights.
@@ -114,8 +128,7 @@ class Panel:
                     save_file({"logits": answers}, draft.path / "logits.safetensors")
 
                 artefact = self._work.read(self._work.obtain("predictions", self._inputs(encoder, task, split), make))
-                logits = load_file(artefact.file("logits.safetensors"))["logits"]
-                found[task] = self.measured(task, split, logits)
+                found[task] = load_file(artefact.file("logits.safetensors"))["logits"]
         return found
 
     def _inputs(self, encoder: str, task: str, split: str) -> dict[str, Any]:

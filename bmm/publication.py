@@ -33,7 +33,7 @@ def export(artefact: Artefact, document: Mapping[str, Any], output: Path) -> Non
     Raises:
         OutputError: the folder cannot be written, or is somebody else's.
     """
-    if _holds(output, artefact):
+    if (output / "merge.json").is_file() and holds(output, artefact):
         rewrite_report(output, document)
         return
     with replacing(output) as folder, explained(output):
@@ -72,9 +72,9 @@ def _told(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _holds(output: Path, artefact: Artefact) -> bool:
-    """Say whether the output folder holds the artefact's files, byte for byte."""
-    return (output / "merge.json").is_file() and all(
+def holds(output: Path, artefact: Artefact) -> bool:
+    """Say whether a folder holds the files of the `model` artefact, byte for byte."""
+    return all(
         (output / name).is_file()
         and (output / name).stat().st_size == expected["bytes"]
         and digest_file(output / name) == expected["sha256"]

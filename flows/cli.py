@@ -170,6 +170,19 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a checkpoint folder or hub-id@revision")],
     recipe: RecipeFile,
     split: Annotated[Literal["validation", "test"], typer.Option(help="the rows to evaluate on")] = "test",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="of the recipe's own merge: also draw K models from its posterior, average their probabilities, and "
+            "compare their calibration with the merged model's",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="of the draws (default: the recipe's search.seed)", show_default=False)
+    ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -178,12 +191,14 @@ def evaluate(
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.evaluate(model, recipe, split, store)
+        return commands.evaluate(model, recipe, split, store, samples, seed)
 
     def show(found: dict[str, Any]) -> None:
-        from flows.show import evaluation_table
+        from flows.show import calibration_table, evaluation_table
 
         _out.print(evaluation_table(found))
+        if "samples" in found:
+            _out.print(calibration_table(found))
 
     _run(work, as_json, show)
 

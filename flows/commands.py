@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bmm.errors import BMMError, UserError
 from bmm.progress import progress
 from bmm.recipe import Recipe
 from bmm.store import Store
+
+if TYPE_CHECKING:
+    from bmm.sources import Inputs, Model
 
 
 def prepare_demo(folder: Path, experts: Literal["four", "all"]) -> Path:
@@ -136,20 +139,58 @@ def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = N
     }
 
 
-def evaluate(model: str, path: Path, split: Literal["validation", "test"], store: str | None) -> dict[str, Any]:
-    """Evaluate a checkpoint with the experts' heads on the recipe's tasks."""
+def evaluate(
+    model: str,
+    path: Path,
+    split: Literal["validation", "test"],
+    store: str | None,
+    samples: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint with the experts' heads on the recipe's tasks; with `samples`, its posterior too."""
     from bmm.pipeline import perform_here, run_stages
     from bmm.sources import fingerprint_inputs, fingerprint_model
     from bmm.stages.evaluate import evaluate_checkpoint
     from bmm.stages.request import Work
 
+    if samples is None and seed is not None:
+        raise UserError("--seed is that of the drawn models; give --samples too, or leave it out")
     recipe = _recipe(path)
     inputs = fingerprint_inputs(recipe, check_output_folder=False)
     folder = recipe.folder if not Path(model).exists() else Path.cwd()
     found = fingerprint_model(model, folder, "MODEL", inputs.base)
     opened = Store.open(store)
+    drawn: dict[str, Any] = {}
+    if samples is not None:
+        # First, since it can refuse.
+        drawn["samples"] = _sampled(recipe, inputs, opened, found, split, samples, seed)
     results = run_stages(recipe, inputs, opened, perform_here, ("experts",))
-    return evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split)
+    return {**evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split), **drawn}
+
+
+def _sampled(
+    recipe: Recipe, inputs: Inputs, store: Store, model: Model, split: str, count: int, seed: int | None
+) -> dict[str, Any]:
+    """Evaluate draws from the posterior of the recipe's finished merge, whose output the model must be."""
+    from bmm.plan import cached_results
+    from bmm.requests import Requests
+    from bmm.stages.request import Work, recorded
+    from bmm.stages.sample import evaluate_samples, require_output
+
+    work, requests = Work(store), Requests(recipe, inputs)
+    results = cached_results(recipe, inputs, store)
+    # The model does not depend on what it was compared with, so that may have changed since.
+    published = recorded(store, requests.build("publish", results)) if "search" in results else None
+    require_output(work, model, published)
+    return evaluate_samples(
+        work,
+        requests.build("search", results),
+        results["search"].reference("search"),
+        recipe.evaluation,
+        split,
+        count,
+        recipe.search.seed if seed is None else seed,
+    )
 
 
 def report(run: Path, store: str | None) -> dict[str, Any]:

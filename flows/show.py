@@ -102,6 +102,37 @@ def evaluation_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def calibration_table(found: Mapping[str, Any]) -> Table:
+    """Return how the drawn models' averaged probabilities compare with the merged model's, as means over tasks."""
+    drawn = found["samples"]
+    temperature = drawn["temperature"]
+    table = _table(
+        f"mean over tasks, {found['split']} rows, seed {drawn['seed']}; smaller is better; the temperature, fitted on "
+        f"validation, is {temperature['posterior_mean']:.2f} for the merged model and {temperature['sampled']:.2f} for "
+        "the draws"
+    )
+    names = {"nll": "NLL", "brier": "Brier", "ece": "ECE"}
+    table.add_column("")
+    for heading in (*names.values(), "accuracy"):
+        table.add_column(heading, justify="right")
+    for when, said in (("before", ""), ("after", ", with a temperature")):
+        means = drawn[when]["mean"]
+        for model, label in (("posterior_mean", "merged model"), ("sampled", f"{drawn['count']} draws, averaged")):
+            figures = means[model]
+            table.add_row(
+                label + said,
+                *(f"{figures[name]['value']:.4f}" for name in names),
+                f"{figures['accuracy']['value']:.1%}",
+            )
+        gaps = means["difference"]
+        table.add_row(
+            "[dim]difference[/dim]",
+            *(f"[dim]{gaps[name]['low']:+.4f} to {gaps[name]['high']:+.4f}[/dim]" for name in names),
+            f"[dim]{gaps['accuracy']['low']:+.1%} to {gaps['accuracy']['high']:+.1%}[/dim]",
+        )
+    return table
+
+
 def store_table(found: Mapping[str, Any]) -> Table:
     """Return the store's artefacts as a table."""
     table = _table(

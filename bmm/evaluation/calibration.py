@@ -125,7 +125,8 @@ def compare(
 
     Args:
         terms: task -> model -> `row_terms`, of the same rows in order.
-        resampled: gives means over resamples of a task's rows, `(samples, columns)`, of columns `(rows, columns)`.
+        resampled: gives means over resamples of a task's rows, `(samples, columns)`, of columns `(rows, columns)`; the
+            resamples of a task are always the same.
         first: one model.
         second: the other.
         confidence: of the intervals.
@@ -139,9 +140,7 @@ def compare(
     replicates: dict[str, Models] = {}
     for task, models in terms.items():
         exact[task] = {name: from_means(models[name].mean(axis=0)) for name in names}
-        columns = resampled(task, np.concatenate([models[name] for name in names], axis=1))
-        parts = np.split(columns, len(names), axis=1)
-        replicates[task] = {name: from_means(part) for name, part in zip(names, parts, strict=True)}
+        replicates[task] = {name: from_means(resampled(task, models[name])) for name in names}
     tail = (1 - confidence) / 2
 
     def figure(value: Array, resamples: Array) -> dict[str, float]:

@@ -10,7 +10,7 @@ as much as any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,15 +219,22 @@ def method_rows(
     return document
 
 
-def _resample(models: Mapping[str, Measured], task: str, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Return the scores (samples,) of every model of one task over the same resamples of its rows."""
-    rows = len(next(iter(models.values())))
+def resampled_counts(rows: int, task: str, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each row of a task comes in each resample, `(some, rows)`, until there were `samples`.
+
+    The same resamples for every call with the same task, rows, samples and seed; each piece is of bounded memory.
+    """
     generator = np.random.default_rng([seed, int(digest_text(task)[:16], 16)])
     chunk = max(1, _COUNTS_BYTES // (8 * rows))
-    pieces: dict[str, list[NDArray[np.float64]]] = {name: [] for name in models}
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)
-        counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
+        yield generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
+
+
+def _resample(models: Mapping[str, Measured], task: str, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Return the scores (samples,) of every model of one task over the same resamples of its rows."""
+    pieces: dict[str, list[NDArray[np.float64]]] = {name: [] for name in models}
+    for counts in resampled_counts(len(next(iter(models.values()))), task, samples, seed):
         # Model by model, so that no rounding of one depends on which others there are.
         for name, measured in models.items():
             pieces[name].append(np.asarray(measured.metric.score(counts @ measured.statistics), dtype=np.float64))

@@ -14,6 +14,7 @@ from torch import Tensor
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
 from bmm.regression.posterior import Posterior, Spectrum, decompose, factor
+from bmm.regression.sample import error_from_moments
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Moments:
         gram: `Σ_t X̃_tᵀX̃_t / rows_t`, `(in + 1, in + 1)`, or `(in, in)` where the maps have no bias.
         cross: by map, `Σ_t Y_tᵀX̃_t / rows_t`, `(out, in + 1)` or `(out, in)`.
         power: by map, `Σ_t Σ_rows Y_t² / rows_t`, `(out,)`.
-        rows: rows of all tasks together.
+        rows: each task's rows.
     """
 
     gram: Tensor
     cross: Mapping[str, Tensor]
     power: Mapping[str, Tensor]
-    rows: int
+    rows: tuple[int, ...]
 
     def spectrum(self, where: str) -> Spectrum:
         """Return the Gram's eigendecomposition."""
@@ -43,8 +44,7 @@ class Moments:
 
     def error(self, module: str, solution: Tensor) -> float:
         """Return `Σ_t ‖X̃_t [W b]ᵀ − Y_t‖² / rows_t` of one map's solution, of the cross moment's shape."""
-        product = solution @ self.gram - 2 * self.cross[module]
-        return float((product * solution).sum() + self.power[module].sum())
+        return float(error_from_moments(solution, self.gram, self.cross[module], self.power[module]).sum())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums by name, to be stored; `rows` stands beside them."""
@@ -63,7 +63,7 @@ def total(parts: Sequence[Moments]) -> Moments:
         for name in cross:
             cross[name] += part.cross[name]
             power[name] += part.power[name]
-    return Moments(gram, cross, power, sum(part.rows for part in parts))
+    return Moments(gram, cross, power, tuple(count for part in parts for count in part.rows))
 
 
 MINIMUM_ROUTED_ROWS = 16
@@ -72,7 +72,7 @@ MINIMUM_ROUTED_ROWS = 16
 
 def trusted(moments: Moments, members: Sequence[LinearMap]) -> Moments:
     """Return the moments, or zeros (which keep the anchor) for an expert of a mixture that too few tokens reached."""
-    if members[0].index is None or moments.rows >= MINIMUM_ROUTED_ROWS:
+    if members[0].index is None or sum(moments.rows) >= MINIMUM_ROUTED_ROWS:
         return moments
     cross = {name: torch.zeros_like(value) for name, value in moments.cross.items()}
     power = {name: torch.zeros_like(value) for name, value in moments.power.items()}
@@ -117,5 +117,5 @@ class TaskSums:
             self._gram * scale,
             {name: value * scale for name, value in self._cross.items()},
             {name: value * scale for name, value in self._power.items()},
-            self._rows,
+            (self._rows,),
         )

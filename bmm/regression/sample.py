@@ -148,12 +148,14 @@ def deviation(posterior: Posterior, lam: float, variance: Tensor, rows: float, n
             f"a draw of shape {tuple(normal.shape)} with variances {tuple(variance.shape)} does not fit a map of shape "
             f"{tuple(posterior.anchor.shape)}"
         )
-    if math.isinf(lam) or posterior.spectrum.trace == 0:
-        return torch.zeros_like(posterior.anchor)
-    denominators, seen = posterior.denominators(lam)
-    widths = torch.where(seen, (rows * denominators).rsqrt(), 0.0)
+    widths = _widths(posterior, lam, rows)
     vectors = posterior.spectrum.eigenvectors
     return variance.sqrt()[:, None] * (((normal.to(torch.float64) @ vectors) * widths) @ vectors.T)
+
+
+def spread_squared(posterior: Posterior, lam: float, variance: Tensor, rows: float) -> float:
+    """Return what `deviation` has as its expected squared Frobenius norm: the trace of the posterior's covariance."""
+    return float(variance.sum() * _widths(posterior, lam, rows).square().sum())
 
 
 def standard_normal(seed: int, index: int, module: str, shape: Sequence[int]) -> Tensor:
@@ -163,3 +165,11 @@ def standard_normal(seed: int, index: int, module: str, shape: Sequence[int]) ->
     """
     generator = np.random.default_rng([seed, index, int(digest_text(module)[:16], 16)])
     return torch.from_numpy(generator.standard_normal(tuple(shape)))
+
+
+def _widths(posterior: Posterior, lam: float, rows: float) -> Tensor:
+    """Return `(n (s + λ̄))^(−1/2)` `(in,)`, zero in directions that are not drawn."""
+    if math.isinf(lam) or posterior.spectrum.trace == 0:
+        return torch.zeros_like(posterior.spectrum.eigenvalues)
+    denominators, seen = posterior.denominators(lam)
+    return torch.where(seen, (rows * denominators).rsqrt(), 0.0)

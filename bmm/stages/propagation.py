@@ -25,7 +25,7 @@ from bmm.stages.setup import Setup
 from bmm.store import Artefact, Draft
 from bmm.weights import ExpertWeights
 
-WALK_VERSION = 2
+WALK_VERSION = 3
 _FILE = "moments.safetensors"
 
 
@@ -80,7 +80,8 @@ def read_moments(artefact: Artefact, group: str, modules: list[str]) -> Moments:
         cross, power = (
             {module: handle.get_tensor(f"{group}:{kind}:{module}") for module in modules} for kind in ("cross", "power")
         )
-        return Moments(handle.get_tensor(f"{group}:gram"), cross, power, artefact.read_json("rows.json")[group])
+        rows = tuple(artefact.read_json("rows.json")[group])
+        return Moments(handle.get_tensor(f"{group}:gram"), cross, power, rows)
 
 
 class _Walker:

@@ -20,7 +20,7 @@ from bmm.prediction import StoredWeights
 from bmm.progress import progress
 from bmm.recipe import SearchSettings
 from bmm.search.run import Outcome, search
-from bmm.search.space import ModulePlace, Setting, Space, groups_of
+from bmm.search.space import ModulePlace, Per, Setting, Space, groups_of
 from bmm.search.study import Study, Trial
 from bmm.stages.anchor import published_dtypes, write_state
 from bmm.stages.panel import expert_predictions, panel_of
@@ -56,28 +56,13 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
     anchor = work.read(request.inputs["anchor"])
     anchored = StoredWeights(anchor)
     panel = panel_of(work, request, setup)
-    places = [ModulePlace(map_.module, map_.type, map_.layer) for map_ in setup.regressed]
-    groups = groups_of(places, settings.per)
+    groups = module_groups(setup, settings.per)
     space = Space(tuple(dict.fromkeys(groups.values())), settings.log10_lambda, settings.gamma)
     expert_scores = {
         expert: measured.score for expert, measured in expert_predictions(setup, panel, "validation").items()
     }
     with setup.weights() as weights:
-        if request.settings["regression"]["mode"] == "propagated":
-            moments = walk_moments(work, request, setup, weights, anchored)
-            assembler = propagated(setup.regressed, weights, anchored, moments)
-        else:
-            grams = [
-                GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr"))
-                for expert in setup.experts
-            ]
-            assembler = module_wise(
-                setup.regressed,
-                weights,
-                anchored,
-                lambda index, group: grams[index].gram(group),
-                lambda group: sum(reader.rows(group) for reader in grams),
-            )
+        assembler = assembler_of(work, request, setup, weights, anchored)
         dtype = DTYPES[request.settings["dtype"]]
         dtypes = published_dtypes(setup, dtype)
         rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
@@ -189,3 +174,29 @@ def check_coverage(setup: Setup, minimum: float) -> None:
             f"only {reached} of {total} matrix weights of this architecture are linear maps that can be regressed "
             f"(largest missed: {missed}); lower coverage.minimum to merge the rest by the anchor alone"
         )
+
+
+def module_groups(setup: Setup, per: Per) -> dict[str, str]:
+    """Return each regressed map's module with the group that shares its hyperparameters."""
+    return groups_of([ModulePlace(map_.module, map_.type, map_.layer) for map_ in setup.regressed], per)
+
+
+def assembler_of(
+    work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights
+) -> Assembler:
+    """Return the assembler of the maps that the request of a search asks for."""
+    if request.settings["regression"]["mode"] == "propagated":
+        return propagated(setup.regressed, weights, anchored, walk_moments(work, request, setup, weights, anchored))
+    grams = gram_readers(work, request, setup)
+    return module_wise(
+        setup.regressed,
+        weights,
+        anchored,
+        lambda index, group: grams[index].gram(group),
+        lambda group: sum(reader.rows(group) for reader in grams),
+    )
+
+
+def gram_readers(work: Work, request: Request, setup: Setup) -> list[GramReader]:
+    """Return the readers of the experts' Gram matrices, in the experts' order."""
+    return [GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr")) for expert in setup.experts]

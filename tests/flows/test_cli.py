@@ -26,7 +26,7 @@ Place = tuple[Path, Path]
         (["plan"], ["RECIPE", "--store", "--json", "refuse"]),
         (["merge"], ["RECIPE", "--store", "--fresh", "--resume", "--no-server", "--json"]),
         (["grams"], ["RECIPE", "--output", "--store", "--json", "Gram"]),
-        (["eval"], ["MODEL", "RECIPE", "--split", "--json"]),
+        (["eval"], ["MODEL", "RECIPE", "--split", "--samples", "--seed", "--json"]),
         (["report"], ["RUN", "--store", "--json", "report.html"]),
         (["schema"], ["JSON Schema"]),
         (["store"], ["ls", "verify", "prune"]),
@@ -84,6 +84,47 @@ def test_every_command_has_something_to_show(done: Place, bmm_here: Command) -> 
         said = bmm_here(*words, "--store", store)
         assert said.code == 0, said.out + said.err
         assert shown in said.out
+
+
+def test_eval_samples_compares_draws_with_the_merged_model(done: Place, bmm_here: Command) -> None:
+    folder, store = done
+    recipe = folder / "recipe.yaml"
+    words = ("eval", folder / "merged", recipe, "--store", store)
+    plain = bmm_here(*words, "--json").document
+    assert "samples" not in plain
+    said = bmm_here(*words, "--samples", 2, "--seed", 4, "--json")
+    assert said.code == 0, said.out + said.err
+    assert {key: value for key, value in said.document.items() if key != "samples"} == plain
+    found = said.document["samples"]
+    assert (found["count"], found["seed"], found["bins"]) == (2, 4, 15)
+    for when in ("before", "after"):
+        assert found[when]["tasks"].keys() == plain["tasks"].keys()
+        for task, entry in found[when]["tasks"].items():
+            # The merged model's own answers, whichever way they are asked for.
+            assert entry["posterior_mean"]["accuracy"]["value"] == plain["tasks"][task]["model"]
+    made = len(list((store / "artefacts" / "predictions").iterdir()))
+    assert bmm_here(*words, "--samples", 2, "--seed", 4, "--json").document == said.document
+    shown = bmm_here(*words, "--samples", 1, "--seed", 4)
+    assert shown.code == 0
+    assert "ECE" in shown.out
+    assert len(list((store / "artefacts" / "predictions").iterdir())) == made
+    # Without --seed it is the recipe's.
+    assert bmm_here(*words, "--samples", 1, "--json").document["samples"]["seed"] == 0
+
+
+def test_eval_samples_refuses_what_has_no_posterior(done: Place, bmm_here: Command, tmp_path: Path) -> None:
+    folder, store = done
+    recipe = folder / "recipe.yaml"
+    for words, reason in (
+        ((folder / "base", recipe, "--samples", 2, "--store", store), "not its output"),
+        ((folder / "merged", recipe, "--samples", 2, "--store", tmp_path / "empty"), "bmm merge"),
+        ((folder / "merged", recipe, "--seed", 2, "--store", store), "--samples"),
+    ):
+        said = bmm_here("eval", *words)
+        assert said.code == 2
+        (line,) = said.complaints
+        assert reason in line
+    assert bmm_here("eval", folder / "merged", recipe, "--samples", 0, "--store", store).code == 2
 
 
 def test_exit_codes(done: Place, bmm_here: Command, tmp_path: Path) -> None:

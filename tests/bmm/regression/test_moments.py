@@ -35,7 +35,7 @@ def test_each_task_counts_alike_and_the_error_is_that_of_its_rows(seed: int, siz
         rows = torch.cat([inputs.double(), torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
         wanted += float((rows @ solution.T - targets.double()).square().sum() / len(rows))
     assert moments.error("m", solution) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    assert moments.rows == sum(sizes)
+    assert moments.rows == tuple(sizes)
 
 
 def test_batches_add_up_to_their_task() -> None:
