@@ -68,25 +68,45 @@ class Architecture:
         Raises:
             CheckpointError: the config does not describe a model that transformers can build.
         """
-        import torch
-        import transformers
-
         prefix = self.prefix(checkpoint.config)
+        encoder = encoder_names(checkpoint, prefix)
+        present = {f"{prefix}.{name}" for name in encoder} | (set(checkpoint.names()) - set(encoder.values()))
+        return sorted(names[0] for names in self._parameters(checkpoint) if present.isdisjoint(names))
+
+    def tied(self, checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of names that stand for one parameter, sorted; the first of each comes first in the model.
+
+        Raises:
+            CheckpointError: the config does not describe a model that transformers can build.
+        """
+        return tuple(sorted(names for names in self._parameters(checkpoint) if len(names) > 1))
+
+    def _parameters(self, checkpoint: Checkpoint) -> list[tuple[str, ...]]:
+        """Return the names of each parameter, those of tied ones together."""
         try:
-            config = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(checkpoint.config)
-            with torch.device("meta"):
-                model = getattr(transformers, self.auto_class).from_config(config, trust_remote_code=False)
+            return _parameters(self.auto_class, canonical_json(checkpoint.config))
         except Exception as error:
             # Each architecture checks its config in its own way, so any exception can mean an impossible value.
             raise CheckpointError(
                 f"{checkpoint.path / 'config.json'} does not describe a model: {' '.join(str(error).split())}"
             ) from error
-        encoder = encoder_names(checkpoint, prefix)
-        present = {f"{prefix}.{name}" for name in encoder} | (set(checkpoint.names()) - set(encoder.values()))
-        tied: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            tied.setdefault(id(parameter), []).append(name)
-        return sorted(names[0] for names in tied.values() if present.isdisjoint(names))
+
+
+@lru_cache(maxsize=32)
+def _parameters(auto_class: str, config: str) -> list[tuple[str, ...]]:
+    """Return the names of each parameter of a class built from a config.json, those of tied ones together."""
+    import torch
+    import transformers
+
+    values = json.loads(config)
+    settings = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    with torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(settings, trust_remote_code=False)
+    model.tie_weights()
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    return [tuple(names) for names in tied.values()]
 
 
 def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:

@@ -71,6 +71,8 @@ class Layout:
             tokens, which travel with its head.
         vocabulary: the base's number of tokens, padding included, where an expert has another; else None.
         tokenizers: experts whose tokenizer has other tokens than the base's.
+        tied: groups of names in the task models that stand for one parameter, which is merged under the first.
+        copies: the base's stored names that repeat a merged parameter -> that parameter's canonical name.
     """
 
     prefix: str
@@ -80,6 +82,8 @@ class Layout:
     extra: dict[str, dict[str, tuple[str, int, int]]] = field(default_factory=dict)
     vocabulary: int | None = None
     tokenizers: tuple[str, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    copies: dict[str, str] = field(default_factory=dict)
 
     def extra_rows(self, expert: str) -> dict[str, int]:
         """Return by parameter of the head how many rows of its own an expert has."""
@@ -109,6 +113,8 @@ class Layout:
             "extra": extra,
             "vocabulary": self.vocabulary,
             "tokenizers": list(self.tokenizers),
+            "tied": [list(names) for names in self.tied],
+            "copies": dict(self.copies),
         }
 
     @classmethod
@@ -121,7 +127,17 @@ class Layout:
             for expert, places in value.get("extra", {}).items()
         }
         tokenizers = tuple(value.get("tokenizers", ()))
-        return cls(value["prefix"], shared, heads, tuple(value["dropped"]), extra, value.get("vocabulary"), tokenizers)
+        return cls(
+            prefix=value["prefix"],
+            shared=shared,
+            heads=heads,
+            dropped=tuple(value["dropped"]),
+            extra=extra,
+            vocabulary=value.get("vocabulary"),
+            tokenizers=tokenizers,
+            tied=tuple(tuple(names) for names in value.get("tied", ())),
+            copies=dict(value.get("copies", {})),
+        )
 
 
 def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]) -> Layout:
@@ -138,11 +154,15 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
     """
     prefix = _prefix(base, architectures)
     tokenizers = check_tokens(base, experts)
-    base_names = encoder_names(base, prefix)
-    expert_names: dict[str, dict[str, str]] = {}
     for expert, checkpoint in experts.items():
         _check_config(expert, checkpoint, base)
-        expert_names[expert] = encoder_names(checkpoint, prefix)
+    tied = _tied(base, experts, architectures)
+    base_names, copies = canonical_names(base, prefix, tied)
+    expert_names: dict[str, dict[str, str]] = {}
+    copied: dict[str, set[str]] = {}
+    for expert, checkpoint in experts.items():
+        expert_names[expert], repeated = canonical_names(checkpoint, prefix, tied)
+        copied[expert] = set(repeated)
         if base_names.keys().isdisjoint(expert_names[expert]):
             raise CheckpointError(
                 f"expert '{expert}' ({checkpoint.path}) shares no parameter with the base {base.path}; "
@@ -150,7 +170,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             )
     shared: list[SharedParameter] = []
     heads: dict[str, dict[str, str]] = {expert: {} for expert in experts}
-    dropped = set(base.names()) - set(base_names.values())
+    dropped = set(base.names()) - set(base_names.values()) - set(copies)
     for name in sorted(base_names.keys() | set().union(*expert_names.values())):
         holders = [expert for expert in experts if name in expert_names[expert]]
         complete = name in base_names and len(holders) == len(experts)
@@ -166,7 +186,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             for expert in experts:
                 heads[expert][f"{prefix}.{name}"] = expert_names[expert][name]
     for expert, checkpoint in experts.items():
-        encoder = set(expert_names[expert].values())
+        encoder = set(expert_names[expert].values()) | copied[expert]
         heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
         if missing := architectures[expert].missing(checkpoint):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -175,7 +195,68 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
                 f"architecture needs; save it as {architectures[expert].auto_class} with `save_pretrained`"
             )
     extra, vocabulary = _own_rows(prefix, shared, heads, base, experts)
-    return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)), extra, vocabulary, tokenizers)
+    merged = {parameter.name for parameter in shared}
+    copies = {stored: name for stored, name in copies.items() if name in merged}
+    return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)), extra, vocabulary, tokenizers, tied, copies)
+
+
+def canonical_names(
+    checkpoint: Checkpoint, prefix: str, tied: Sequence[Sequence[str]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return canonical name -> stored name of the encoder's tensors, a tied one under its group's first name alone.
+
+    Also returns the stored names that repeat one of them -> its canonical name; any one of a group is enough.
+
+    Args:
+        checkpoint: the checkpoint.
+        prefix: the task models' name for their encoder.
+        tied: groups of names in the task models.
+
+    Raises:
+        CheckpointError: the names of one tied parameter hold different values.
+    """
+    names = encoder_names(checkpoint, prefix)
+    heads = {name: name for name in set(checkpoint.names()) - set(names.values())}
+    copies: dict[str, str] = {}
+    for group in tied:
+        inside = [name.removeprefix(f"{prefix}.") for name in group if name.startswith(f"{prefix}.")]
+        places = [names[name] for name in inside if name in names] + [heads[name] for name in group if name in heads]
+        if not inside or not places:
+            continue
+        for other in places[1:]:
+            if not _equal(checkpoint, places[0], other):
+                raise CheckpointError(
+                    f"{checkpoint.path} has different values under '{places[0]}' and '{other}', which its architecture "
+                    "ties to each other; untie no weights when fine-tuning, or save the model again"
+                )
+            copies[other] = inside[0]
+        for name in inside:
+            names.pop(name, None)
+        names[inside[0]] = places[0]
+    return names, copies
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    import torch
+
+    return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
+
+
+def _tied(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of names that every expert's model ties as the base does."""
+    found: dict[tuple[str, ...], None] = {}
+    for expert, checkpoint in experts.items():
+        wanted, own = set(architectures[expert].tied(base)), set(architectures[expert].tied(checkpoint))
+        for names in sorted(wanted ^ own):
+            verbs = ("ties", "keeps apart") if names in own else ("keeps apart", "ties")
+            raise CheckpointError(
+                f"expert '{expert}' {verbs[0]} '{names[0]}' and '{names[-1]}', which the base {verbs[1]}; fine-tune it "
+                "with the base's own tie_word_embeddings"
+            )
+        found |= dict.fromkeys(sorted(own))
+    return tuple(found)
 
 
 def _own_rows(

@@ -16,7 +16,7 @@ from bmm.anchors.interface import Sources
 from bmm.anchors.registry import build as build_anchor
 from bmm.anchors.settings import AnchorSettings, FisherSettings, ScaledSettings
 from bmm.anchors.task_vectors import ScaledAnchor
-from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.layout import canonical_names
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, is_float, torch_dtype
 from bmm.checkpoint.writer import MAX_SHARD_BYTES, write_weights
 from bmm.digest import digest_json
@@ -193,7 +193,7 @@ def checkpoint_reader(stack: ExitStack, setup: Setup, model: Model, what: str) -
         CheckpointError: it lacks one, or has one of another shape; when read, one is not finite.
     """
     checkpoint = stack.enter_context(model.open())
-    keys = encoder_names(checkpoint, setup.layout.prefix)
+    keys, _ = canonical_names(checkpoint, setup.layout.prefix, setup.layout.tied)
     for parameter in setup.layout.shared:
         if parameter.name not in keys:
             raise CheckpointError(

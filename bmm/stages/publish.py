@@ -72,6 +72,9 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
     prefix = f"{setup.layout.prefix}."
     # As the base's own file calls them, which is what every version of transformers reads.
     shared = {parameter.base_key.removeprefix(prefix): parameter for parameter in setup.layout.shared}
+    by_name = {parameter.name: parameter for parameter in setup.layout.shared}
+    # What the base stores twice because it is tied, its output stores twice.
+    shared |= {stored.removeprefix(prefix): by_name[name] for stored, name in setup.layout.copies.items()}
     infos = [
         TensorInfo(name, parameter.shape, dtype_name(dtypes[parameter.name])) for name, parameter in shared.items()
     ]

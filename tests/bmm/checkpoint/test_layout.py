@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, T5Config, T5ForSequenceClassification, T5Model
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.layout import Layout, compare
@@ -214,3 +216,74 @@ def test_an_expert_that_shares_nothing_is_refused(save, edit_weights) -> None:
 
     edit_weights(mail, rename)
     refused(save("base"), "expert 'mail'", str(mail), "shares no parameter", news=save("news"), mail=mail)
+
+
+SHARED, ENCODERS = "shared.weight", "encoder.embed_tokens.weight"
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 30, "num_labels": 2}
+
+
+@pytest.fixture
+def save_t5(tmp_path: Path) -> Callable[..., Path]:
+    """Save a T5, whose embedding has three names, under the names that are wanted."""
+
+    def run(name: str, model_class: type = T5ForSequenceClassification, wanted: tuple[str, ...] = (SHARED,)) -> Path:
+        torch.manual_seed(len(name))
+        model = model_class(T5Config(**T5))
+        model.save_pretrained(tmp_path / name)
+        prefix = "transformer." if model_class is T5ForSequenceClassification else ""
+        state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("embed_tokens.weight")}
+        table = state.pop(prefix + SHARED)
+        state |= {prefix + key: table.clone() for key in wanted}
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.parametrize("base_names", [(SHARED,), (ENCODERS,), (SHARED, ENCODERS)])
+@pytest.mark.parametrize("names", [(SHARED,), (ENCODERS,), (SHARED, ENCODERS)])
+def test_a_tied_parameter_is_one_whatever_its_names(
+    save_t5: Callable[..., Path], base_names: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    news = save_t5("news", wanted=names)
+    found = layout(save_t5("base", T5Model, base_names), news=news, mail=save_t5("mails"))
+    (parameter,) = (parameter for parameter in found.shared if parameter.shape == (30, 16))
+    assert parameter.name == SHARED
+    assert parameter.base_key == base_names[0]
+    assert parameter.expert_keys == {"news": f"transformer.{names[0]}", "mail": f"transformer.{SHARED}"}
+    assert found.copies == dict.fromkeys(base_names[1:], SHARED)
+    assert not [name for name in found.heads["news"] if "embed" in name or "shared" in name]
+    assert found.dropped == ()
+    assert Layout.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_names_of_one_parameter_with_different_values_are_refused(save_t5, edit_weights) -> None:
+    news = save_t5("news", wanted=(SHARED, ENCODERS))
+    edit_weights(news, lambda tensors: tensors[f"transformer.{ENCODERS}"].add_(1))
+    base, mail = save_t5("base", T5Model), save_t5("mails")
+    refused(base, str(news), f"'transformer.{SHARED}'", f"'transformer.{ENCODERS}'", "ties", news=news, mail=mail)
+
+
+MASKED = Architecture("AutoModelForMaskedLM", "masked language model")
+
+
+def test_an_untied_expert_over_a_tied_base_is_refused(save) -> None:
+    base, news = save("base", "masked"), save("news", "masked")
+    untied = save("mail", "masked", tie_word_embeddings=False)
+    opened = {"news": Checkpoint.open(news), "mail": Checkpoint.open(untied)}
+    with pytest.raises(CheckpointError, match=r"expert 'mail' keeps apart '.*word_embeddings.weight' and '.*decoder.w"):
+        compare(Checkpoint.open(base), opened, dict.fromkeys(opened, MASKED))
+    with pytest.raises(CheckpointError, match=r"expert 'news' ties '.*word_embeddings.weight' and '.*decoder.weight'"):
+        compare(Checkpoint.open(untied), opened, dict.fromkeys(opened, MASKED))
+
+
+def test_an_output_tied_to_the_merged_embedding_travels_with_no_head(save, edit_weights) -> None:
+    base, news, mail = (save(name, "masked", seed=index) for index, name in enumerate(("base", "news", "mail")))
+    table, output = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    edit_weights(news, lambda tensors: tensors.update({output: tensors[table].clone()}))
+    edit_weights(mail, lambda tensors: tensors.update({output: tensors.pop(table)}))
+    opened = {"news": Checkpoint.open(news), "mail": Checkpoint.open(mail)}
+    found = compare(Checkpoint.open(base), opened, dict.fromkeys(opened, MASKED))
+    (parameter,) = (parameter for parameter in found.shared if parameter.shape == (100, 16))
+    assert parameter.expert_keys == {"news": table, "mail": output}
+    assert all(output not in head for head in found.heads.values())
