@@ -16,8 +16,9 @@ import torch
 
 from bmm.modules.linear import LinearMap
 from bmm.progress import progress
+from bmm.regression.evidence import Evidence
 from bmm.regression.moments import MINIMUM_ROUTED_ROWS, Moments, trusted
-from bmm.regression.posterior import Posterior, assemble, decompose, factor, residual
+from bmm.regression.posterior import Posterior, assemble, decompose, factor, residual_and_energy
 from bmm.search.space import Setting
 from bmm.weights import ExpertWeights
 
@@ -49,6 +50,7 @@ class Problem:
     map: LinearMap
     posterior: Posterior
     base: torch.Tensor
+    evidence: Evidence
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -102,6 +104,10 @@ class Assembler:
         anchored = problem.posterior.spectrum.trace == 0
         return Solved(solution, condition if math.isfinite(condition) else None, anchored)
 
+    def evidence(self, module: str) -> Evidence:
+        """Return the evidence of one map, from which the most probable strength follows."""
+        return self._problems[module].evidence
+
     def weights(self, settings: Mapping[str, Setting], spread: Spread | None = None) -> dict[str, torch.Tensor]:
         """Return every regressed parameter by canonical name, float32, at a setting for each map; see `solve`."""
         tensors: dict[str, torch.Tensor] = {}
@@ -153,8 +159,10 @@ def module_wise(
             for map_ in members:
                 mean = map_.matrix(anchor, bias=False)
                 experts = [map_.matrix(partial(weights.expert, index), bias=False) for index in range(weights.count)]
-                posterior = factor(spectrum, mean, residual(mean, experts, grams))
-                problems.append(Problem(map_, posterior, map_.matrix(weights.base, bias=False)))
+                pull, energy = residual_and_energy(mean, experts, grams)
+                posterior = factor(spectrum, mean, pull)
+                evidence = Evidence(posterior, energy, rows(group))
+                problems.append(Problem(map_, posterior, map_.matrix(weights.base, bias=False), evidence))
             bar.advance()
     return Assembler(problems, anchor)
 
@@ -177,8 +185,10 @@ def propagated(
             found = trusted(moments(group), members)
             spectrum = found.spectrum(f"the input of {group}")
             for map_ in members:
-                posterior = found.posterior(spectrum, map_.module, map_.matrix(anchor))
-                problems.append(Problem(map_, posterior, map_.matrix(weights.base)))
+                mean = map_.matrix(anchor)
+                posterior = found.posterior(spectrum, map_.module, mean)
+                evidence = Evidence(posterior, found.error(map_.module, mean), sum(found.rows))
+                problems.append(Problem(map_, posterior, map_.matrix(weights.base), evidence))
             bar.advance()
     return Assembler(problems, anchor)
 

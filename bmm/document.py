@@ -16,7 +16,7 @@ from typing import Any
 
 from bmm.checkpoint.layout import Layout
 from bmm.digest import digest_json
-from bmm.notes import other_bases, singular_grams, zero_task_vectors
+from bmm.notes import other_bases, singular_grams, unmeasured, zero_task_vectors
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import Result, Work
@@ -127,4 +127,5 @@ def _notes(results: Mapping[str, Result], inputs: Inputs, work: Work) -> list[st
         for expert in inputs.experts
     }
     coverage = work.read(results["search"].reference("search")).read_json("coverage.json")
-    return [*zero_task_vectors(norms), *singular_grams(coverage)]
+    evaluation = work.read(results["evaluate"].reference("evaluation")).read_json("evaluation.json")
+    return [*unmeasured(evaluation["metrics"]), *zero_task_vectors(norms), *singular_grams(coverage)]

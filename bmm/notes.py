@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 Norms = Mapping[str, Mapping[str, float]]
@@ -45,14 +45,24 @@ def _last(source: str) -> str:
     return source.rstrip("/").rpartition("/")[2].lower()
 
 
+def unmeasured(splits: Collection[str]) -> list[str]:
+    """Say what cannot be known for want of rows; `splits` are those that were measured on."""
+    notes = []
+    if "test" not in splits:
+        notes.append("The recipe names no test rows, so the merged model was not measured on them.")
+    if "validation" not in splits:
+        notes.append("The recipe names no validation rows, so no λ and γ were searched.")
+    return notes
+
+
 def singular_grams(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the regressed parameters whose Gram matrix does not span its inputs at the chosen `λ`."""
     names = [entry["parameter"] for entry in coverage if entry["lambda"] is not None and entry["condition"] is None]
     if not names:
         return []
     return [
-        f"The Gram matrix behind {names[0]}{_more(names)} is singular at the chosen λ: directions that no calibration "
-        "row showed keep the anchor."
+        f"The Gram matrix behind {names[0]}{_more(names)} is singular at the chosen λ: directions that it does "
+        "not span keep the anchor."
     ]
 
 

@@ -35,9 +35,10 @@ class Merge:
     results: dict[str, Result]
 
     @property
-    def share_of_experts(self) -> float:
-        """The merged model's mean test metric over the experts' mean."""
-        return float(self.document["metrics"]["test"]["mean"]["share_of_experts"]["merged"])
+    def share_of_experts(self) -> float | None:
+        """The merged model's mean test metric over the experts' mean; None without test rows."""
+        measured = self.document["metrics"].get("test")
+        return None if measured is None else float(measured["mean"]["share_of_experts"]["merged"])
 
 
 def merge(recipe: Recipe, *, store: str | PathLike[str] | None = None, fresh: bool = False) -> Merge:

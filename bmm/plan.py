@@ -20,7 +20,7 @@ from bmm.disk import free_bytes
 from bmm.errors import OutputError, RecipeError
 from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams
 from bmm.pipeline import STAGES
-from bmm.recipe import Recipe
+from bmm.recipe import ExpertSource, Recipe
 from bmm.requests import Requests
 from bmm.sizes import parse_bytes, readable_bytes
 from bmm.sources import Inputs
@@ -117,9 +117,9 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     from bmm.kinds.registry import kind_of
 
     with Checkpoint.open(Path(inputs.base.path)) as base:
-        kind = kind_of(recipe.experts[0].task.kind)
+        kind = kind_of(inputs.experts[0].task["kind"])
         names = encoder_names(base, kind.architecture.prefix(base.config))
-        tokens = [tokens_of(expert.task.model_dump(), base.config) for expert in recipe.experts]
+        tokens = [tokens_of(expert.task, base.config) for expert in inputs.experts]
         shapes: dict[str, tuple[int, ...]] = {name: base.info(stored).shape for name, stored in names.items()}
         output_bytes = sum(base.info(stored).nbytes for stored in names.values())
     weights = sum(math.prod(shape) for shape in shapes.values())
@@ -130,9 +130,7 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     gram = sum(shape[1] ** 2 for shape in _distinct_inputs(matrices).values()) * _FLOAT64
     factors = gram + sum(math.prod(shape) for shape in matrices.values()) * _FLOAT64
     model = weights * _FLOAT32
-    rows = sum(
-        (expert.task.calibration.rows or 256) * most for expert, most in zip(recipe.experts, tokens, strict=True)
-    )
+    rows = sum(_calibration_rows(expert) * most for expert, most in zip(recipe.experts, tokens, strict=True))
     widest = max((sum(shape) for shape in matrices.values()), default=0)
     walked = recipe.regression.mode == "propagated"
     # The walk keeps a layer's answers to every calibration row, and the moments of every layer in the store.
@@ -183,11 +181,17 @@ def _grams(recipe: Recipe, model: int, gram: int) -> tuple[tuple[int, int], str]
             return (gram * experts, _PROCESS_BYTES + gram), "from the task vectors, no data"
         case ArtifactGrams():
             return (gram * experts, _PROCESS_BYTES), "made elsewhere, copied"
-    shards = sum(math.ceil((expert.task.calibration.rows or 256) / settings.shard_rows) for expert in recipe.experts)
+    shards = sum(math.ceil(_calibration_rows(expert) / settings.shard_rows) for expert in recipe.experts)
     copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
     workers, each = recipe.cluster.workers, _PROCESS_BYTES + model + 2 * gram
     note = f"{shards} shards, {workers} workers, each needs {each / 2**30:.1f} GiB"
     return (gram * (copies + shards), workers * each), note
+
+
+def _calibration_rows(expert: ExpertSource) -> int:
+    """Return how many calibration rows an expert has, or about how many, where only its file knows."""
+    source = expert.splits().get("calibration")
+    return 0 if source is None else source.rows or 256
 
 
 def require_fit(plan: Plan, recipe: Recipe) -> None:

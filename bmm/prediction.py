@@ -64,6 +64,10 @@ class Panel:
         """Names of the tasks, in the recipe's order."""
         return tuple(self._experts)
 
+    def has(self, split: str) -> bool:
+        """Say whether there are rows of a split; then every task has some."""
+        return all(split in artefact.read_json("expert.json")["splits"] for artefact in self._artefacts.values())
+
     def rows(self, task: str, split: str) -> int:
         """Return the number of rows of a split."""
         return len(self._split(task, split).rows)
@@ -170,14 +174,18 @@ class Panel:
 
 
 def build_model(checkpoint: Checkpoint, expert: Expert, batch_size: int, layout: Layout) -> TaskModel:
-    """Return an expert's model with what reads its rows; its weights are not loaded.
+    """Return an expert's model with what reads its rows, if it has some; its weights are not loaded.
 
     Its tables have the base's vocabulary, and behind it rows of the expert's own, which come with its head.
     """
     kind, config = kind_of(expert.task["kind"]), checkpoint.config
     if layout.vocabulary is not None:
         config = with_vocabulary(config, layout.vocabulary)
-    model = kind.build(config, checkpoint.tokenizer_folder, reading(expert.task), batch_size, expert.name)
+    if expert.data:
+        model = kind.build(config, checkpoint.tokenizer_folder, reading(expert.task), batch_size, expert.name)
+    else:
+        # Without rows nothing that reads them, a tokenizer say, need be there.
+        model = kind.bare(config, expert.name)
     extend(model.module, layout.extra_rows(expert.name))
     return model
 

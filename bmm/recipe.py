@@ -7,18 +7,20 @@ Only the words live here. Whether the files that a recipe names exist and fit to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from bmm.anchors.settings import AnchorSettings, Method, TSVSettings
+from bmm.completion import Choices, complete
 from bmm.errors import RecipeError
-from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings
-from bmm.kinds.settings import Task
+from bmm.grams.settings import ActivationGrams, GramSettings
+from bmm.kinds.settings import SplitSource, Task
 from bmm.part import Part
 from bmm.regression.settings import RegressionSettings
+from bmm.search.settings import Search, SearchSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 SIZE_PATTERN = r"^\d+(\.\d+)?\s*([kKMGT]i?)?B$"
@@ -29,37 +31,13 @@ class ExpertSource(Part):
 
     name: str = Field(pattern=NAME_PATTERN)
     model: str = Field(min_length=1, description="a folder, hub-id@revision, or an MLflow models:/ URI")
-    task: Task
+    task: Task | None = Field(
+        default=None, description="its rows, split by split; without any, nothing is measured or searched"
+    )
 
-
-Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
-
-
-class SearchSettings(Part):
-    """The outer loop: which hyperparameters vary together, how many trials, towards what."""
-
-    per: Literal["model", "type", "depth", "type x depth", "module"] = "type"
-    trials: int = Field(default=24, ge=1)
-    objective: Literal["share-of-expert"] = "share-of-expert"
-    seed: int = Field(default=0, ge=0)
-    log10_lambda: Range = (-4.0, 2.0)
-    # Wider, the search chases the noise of a few hundred validation rows. Measured on the demo's four tasks (experts of
-    # 160 steps, 800 rows, 24 trials): [0.5, 1.5] ended at 100.3 % of the experts on validation and 95.7 % on test;
-    # λ = 0.1 and γ = 1 have 98.1 % and 97.4 %.
-    gamma: Range = (0.9, 1.1)
-
-    @field_validator("log10_lambda", "gamma")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not value[0] < value[1]:
-            raise ValueError("the lower end must be below the upper end")
-        return value
-
-    @model_validator(mode="after")
-    def _anchor_within(self) -> Self:
-        if not self.gamma[0] <= 1.0 <= self.gamma[1]:
-            raise ValueError("gamma must include 1, where the anchor stands")
-        return self
+    def splits(self) -> dict[str, SplitSource]:
+        """Return the splits that there are, by name, in a fixed order."""
+        return {} if self.task is None else self.task.splits()
 
 
 class ClusterSettings(Part):
@@ -121,7 +99,7 @@ class Recipe(Part):
     anchor: AnchorSettings = TSVSettings()
     grams: GramSettings = ActivationGrams()
     regression: RegressionSettings = RegressionSettings()
-    search: SearchSettings = SearchSettings()
+    search: Search = SearchSettings()
     cluster: ClusterSettings = ClusterSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     coverage: CoverageSettings = CoverageSettings()
@@ -146,24 +124,31 @@ class Recipe(Part):
         return value
 
     @model_validator(mode="after")
-    def _grams_of_every_expert(self) -> Self:
-        if isinstance(self.grams, ArtifactGrams):
-            self.grams.folders(tuple(expert.name for expert in self.experts))
+    def _completed(self) -> Self:
+        said = Choices(self.grams, self.regression, self.search)
+        splits = {expert.name: expert.splits() for expert in self.experts}
+        choices = complete(
+            said,
+            splits,
+            grams_said="grams" in self.model_fields_set,
+            needs=self._needs(measured=any("test" in own for own in splits.values())),
+        )
+        for name, part in vars(choices).items():
+            object.__setattr__(self, name, part)
         return self
 
-    @model_validator(mode="after")
-    def _mode_by_source(self) -> Self:
-        if self.grams.source == "activations":
-            return self
-        if "mode" not in self.regression.model_fields_set:
-            settings = self.regression.model_copy(update={"mode": "module-wise"})
-            object.__setattr__(self, "regression", settings)
-        if self.regression.mode == "propagated":
-            raise ValueError(
-                f"'regression.mode': propagated regression reads the calibration rows itself, so it cannot use Gram "
-                f"matrices from '{self.grams.source}'; set grams.source to activations or the mode to module-wise"
-            )
-        return self
+    def _needs(self, *, measured: bool) -> list[tuple[str, str]]:
+        """Return the splits that anchor and comparison cannot do without, each with the key and what it asks for."""
+        needs = []
+        if self.anchor.needs == "fisher":
+            needs.append(("calibration", "'anchor': the method 'fisher'"))
+        if self.anchor.chooses_scale:
+            needs.append(("validation", "'anchor.scale': a scale that is chosen on validation rows"))
+        if measured and "fisher" in self.evaluation.compare:
+            needs.append(("calibration", "'evaluation.compare': the method 'fisher'"))
+        if measured and self.evaluation.compare_at == "validation":
+            needs.append(("validation", "'evaluation.compare_at': a scale that is chosen on validation rows"))
+        return needs
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

@@ -50,7 +50,7 @@ class Requests:
                 located = {"anchor": anchor.to_json() if anchor else None}
                 return self._request(stage, results, given, settings, located)
             case "search":
-                return self._request(stage, results, self._solved_from(results), self._search_settings())
+                return self._search(results)
             case "evaluate":
                 given = {**self._solved_from(results), "search": results["search"].outputs["search"]}
                 evaluation = self.recipe.evaluation.model_dump(mode="json")
@@ -77,7 +77,10 @@ class Requests:
         }
         where = {
             **self._models(),
-            "tasks": [expert.task.model_dump(mode="json") for expert in self.recipe.experts],
+            "tasks": [
+                source.task.model_dump(mode="json") if source.task else dict(expert.task)
+                for source, expert in zip(self.recipe.experts, self.inputs.experts, strict=True)
+            ],
             "folder": str(self.recipe.folder),
         }
         return Request("experts", {"base": self.inputs.base.digest, "experts": experts}, {}, where)
@@ -123,11 +126,22 @@ class Requests:
             "experts": results["experts"].outputs["experts"],
         }
 
-    def _search_settings(self) -> dict[str, Any]:
-        return {
-            "search": self.recipe.search.model_dump(mode="json"),
-            "regression": self.recipe.regression.model_dump(mode="json"),
+    def _search(self, results: Results) -> Request:
+        search, regression = self.recipe.search, self.recipe.regression
+        settings = {
+            "search": search.model_dump(mode="json"),
+            "regression": regression.settings(),
             "minimum_coverage": self.recipe.coverage.minimum,
-            "batch_size": self.recipe.evaluation.batch_size,
             "dtype": self.recipe.dtype,
         }
+        given = self._solved_from(results)
+        if not search.trials:
+            # The settings of the search do not count where there is none, but for what the evidence asks of them.
+            kept = {"per", "trials"} | ({"log10_lambda"} if regression.strength == "evidence" else set())
+            settings["search"] = search.model_dump(mode="json", include=kept)
+        if search.trials or regression.mode == "propagated":
+            settings["batch_size"] = self.recipe.evaluation.batch_size
+        else:
+            # No row is read.
+            del given["experts"]
+        return self._request("search", results, given, settings)

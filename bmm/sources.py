@@ -23,6 +23,7 @@ from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
 from bmm.grams.published import PublishedGrams, find
 from bmm.grams.settings import ArtifactGrams
+from bmm.kinds.settings import DEFAULT_KIND, SPLITS, task_of
 from bmm.recipe import ExpertSource, Recipe
 
 
@@ -137,8 +138,8 @@ def fingerprint_model(source: str, folder: Path, where: str, base: Model | None 
 
 def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
     model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
-    data = {}
-    for split, source in expert.task.splits().items():
+    data: dict[str, Any] = {}
+    for split, source in expert.splits().items():
         images = getattr(expert.task, "image", None)
         files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}", images=images)
         for path in files:
@@ -149,5 +150,21 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
         if source.path == "imagefolder":
             # The folder's name is the label.
             data[split]["names"] = [f"{path.parent.name}/{path.name}" for path in files]
-    task = expert.task.model_dump(mode="json", exclude={"calibration", "validation", "test"})
+    task = expert.task.model_dump(mode="json", exclude=SPLITS) if expert.task else _task_without_rows(expert, model)
     return Expert(expert.name, model, task, data)
+
+
+def _task_without_rows(expert: ExpertSource, model: Model) -> dict[str, Any]:
+    """Return the settings of a task of which the recipe says nothing, by the class of the expert's model.
+
+    Raises:
+        RecipeError: the expert is of no class that says its kind.
+    """
+    with model.open() as checkpoint:
+        task = task_of(checkpoint.config)
+    if task is None:
+        raise RecipeError(
+            f"the expert {expert.name}: {model.path}/config.json does not say what kind of task it is for; "
+            f"name one in the recipe, as in task: {{kind: {DEFAULT_KIND}}}"
+        )
+    return task

@@ -61,7 +61,7 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
         "report": str(merged.output / "report.html"),
         "store": str(opened.root),
         "seconds": time.perf_counter() - started,
-        "share_of_experts": merged.document["metrics"]["test"]["mean"]["share_of_experts"],
+        "share_of_experts": merged.document["metrics"].get("test", {}).get("mean", {}).get("share_of_experts"),
         "stages": merged.document["stages"],
         "mlflow": asdict(tracked) if tracked else None,
         "mlflow_error": outcome.tracking_error,
@@ -185,6 +185,7 @@ def _sampled(
     return evaluate_samples(
         work,
         requests.build("search", results),
+        requests.build("evaluate", results),
         results["search"].reference("search"),
         recipe.evaluation,
         split,

@@ -13,6 +13,8 @@ from tasks.stage import stage_task
 
 def _show(store: Store, result: Result) -> None:
     found = store.read(result.reference("evaluation")).read_json("evaluation.json")
+    if "test" not in found["metrics"]:
+        return
     tasks: list[dict[str, Any]] = [
         {"task": task, **{name: entry[name] for name in ("base", "expert", "anchor", "merged")}}
         for task, entry in sorted(found["metrics"]["test"].items(), key=lambda item: item[0] == "mean")

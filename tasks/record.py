@@ -26,11 +26,16 @@ def track_merge(store: Store, merge: Merge) -> Tracked:
 
 def show_summary(merge: Merge) -> None:
     """Put the merge's outcome on the flow run's page."""
-    mean: dict[str, Any] = merge.document["metrics"]["test"]["mean"]
-    low, high = mean["intervals"]["share_of_experts"]["merged"]
+    said = "The merged model was not measured: the recipe names no test rows."
+    if merge.share_of_experts is not None:
+        mean: dict[str, Any] = merge.document["metrics"]["test"]["mean"]
+        low, high = mean["intervals"]["share_of_experts"]["merged"]
+        said = (
+            f"The merged model keeps **{merge.share_of_experts:.1%}** ({low:.1%} to {high:.1%}) of its experts' mean "
+            "test score."
+        )
     create_markdown_artifact(
-        f"The merged model keeps **{merge.share_of_experts:.1%}** ({low:.1%} to {high:.1%}) of its experts' mean "
-        f"test score.\n\nIt lies in `{merge.output}`, with `report.html` beside it.",
+        f"{said}\n\nIt lies in `{merge.output}`, with `report.html` beside it.",
         key="bmm-merge",
         description="Outcome of the merge",
     )

@@ -18,6 +18,8 @@ from bmm.kinds.images import ImageReader, ImageRow, decoded_images, read_images,
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import ImageClassification, SplitSource
 
+_USUAL_SIZE = 224
+
 
 class ImageClassificationKind(Kind):
     """`AutoModelForImageClassification` with an image processor."""
@@ -68,6 +70,11 @@ class ImageClassificationKind(Kind):
 
     @override
     def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
-        """Return two grey images of the size that the image processor makes."""
+        """Return two grey images of the size that the image processor makes, or the model was made for."""
+        if model.reader is None:
+            config = model.module.config
+            size = getattr(config, "image_size", None) or _USUAL_SIZE
+            height, width = (size, size) if isinstance(size, int) else size
+            return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
         grey = ImageRow.grey()
         return next(model.batches(model.prepare([grey, grey])))

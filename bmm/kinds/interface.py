@@ -17,7 +17,7 @@ from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
 from bmm.evaluation.data import Row, Split
-from bmm.evaluation.model import TaskModel
+from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.scores import Metric
 from bmm.kinds.settings import SplitSource
 
@@ -91,9 +91,21 @@ class Kind(ABC):
             CheckpointError: the configuration describes no model of this kind, or what reads its rows is not there.
         """
 
+    def bare(self, config: Mapping[str, Any], task: str) -> TaskModel:
+        """Build a task's model without weights and without what reads rows: all that a merge without data needs.
+
+        Args:
+            config: the expert's config.json.
+            task: the expert's name, for messages.
+
+        Raises:
+            CheckpointError: the configuration describes no model of this kind.
+        """
+        return TaskModel(task, build_module(config, self.architecture, task), self.architecture.prefix(dict(config)), 1)
+
     @abstractmethod
     def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
-        """Return a small batch of inputs of the encoder's forward pass, of any values."""
+        """Return a small batch of inputs of the encoder's forward pass, of any values, of a `bare` model's too."""
 
 
 def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:

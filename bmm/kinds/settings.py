@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from bmm.part import Part
 
 DEFAULT_KIND = "text-classification"
+SPLITS = {"calibration", "validation", "test"}
 
 
 class SplitSource(Part):
@@ -38,13 +39,14 @@ ClassMetric = Annotated[
 
 
 class _Task(Part):
-    calibration: SplitSource
-    validation: SplitSource
-    test: SplitSource
+    calibration: SplitSource | None = Field(default=None, description="rows that show what the expert reads")
+    validation: SplitSource | None = Field(default=None, description="rows that the search is steered by")
+    test: SplitSource | None = Field(default=None, description="rows that are looked at once, at the end")
 
     def splits(self) -> dict[str, SplitSource]:
-        """Return the three splits by name, in a fixed order."""
-        return {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+        """Return the splits that there are, by name, in a fixed order."""
+        named = {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+        return {name: source for name, source in named.items() if source is not None}
 
 
 class TextClassification(_Task):
@@ -79,6 +81,23 @@ Task = Annotated[
     BeforeValidator(_with_kind),
 ]
 
+# What the class of such a model ends in, as config.json names it.
+HEADS = {"text-classification": "ForSequenceClassification", "image-classification": "ForImageClassification"}
+
+
+def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a task without rows, as JSON, for a model of which only the configuration is known.
+
+    It is None where that names no class, or one of no kind.
+    """
+    names = [str(name) for name in config.get("architectures") or ()]
+    for kind, ending in HEADS.items():
+        if any(name.endswith(ending) for name in names):
+            task: Part = TypeAdapter[Part](Task).validate_python({"kind": kind})
+            return task.model_dump(mode="json", exclude=SPLITS)
+    return None
+
+
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
 _NOT_READ = frozenset({"text", "text_pair", "label", "image", "metric"})
 
@@ -88,5 +107,5 @@ def reading(task: Mapping[str, Any]) -> dict[str, Any]:
 
     Columns, splits and the metric are left out; a setting that is not known to be one of these is kept.
     """
-    left_out = _NOT_READ | {"calibration", "validation", "test"}
+    left_out = _NOT_READ | SPLITS
     return {name: value for name, value in task.items() if name not in left_out}

@@ -121,13 +121,20 @@ def decompose(gram_sum: Tensor, *, where: str) -> Spectrum:
 
 
 def residual(anchor: Tensor, experts: Iterable[Tensor], grams: Iterable[Tensor]) -> Tensor:
-    """Return `Σ_t (W_t − W_a) G_t` (out, in), float64, reading one expert's weight and Gram at a time.
+    """Return `Σ_t (W_t − W_a) G_t` (out, in), float64, as `residual_and_energy` does."""
+    return residual_and_energy(anchor, experts, grams)[0]
+
+
+def residual_and_energy(anchor: Tensor, experts: Iterable[Tensor], grams: Iterable[Tensor]) -> tuple[Tensor, float]:
+    """Return `Σ_t D_t G_t` (out, in) and `Σ_t tr(D_t G_t D_tᵀ)` with `D_t = W_t − W_a`, float64.
+
+    One expert's weight and Gram are read at a time.
 
     Raises:
         BMMError: there is not one Gram for each expert, or shapes do not fit.
     """
     anchor = anchor.to(torch.float64)
-    total = torch.zeros_like(anchor)
+    total, energy = torch.zeros_like(anchor), 0.0
     for expert, gram in zip_longest(experts, grams):
         if expert is None or gram is None:
             raise BMMError("the number of experts' weights differs from the number of Gram matrices")
@@ -136,8 +143,11 @@ def residual(anchor: Tensor, experts: Iterable[Tensor], grams: Iterable[Tensor])
                 f"an expert's weight {tuple(expert.shape)} and Gram matrix {tuple(gram.shape)} do not fit "
                 f"an anchor of shape {tuple(anchor.shape)}"
             )
-        total += (expert.to(torch.float64) - anchor) @ gram.to(torch.float64)
-    return total
+        difference = expert.to(torch.float64) - anchor
+        product = difference @ gram.to(torch.float64)
+        total += product
+        energy += float((product * difference).sum())
+    return total, energy
 
 
 def factor(spectrum: Spectrum, anchor: Tensor, residual: Tensor) -> Posterior:

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Rule = Literal["search", "evidence"]
+"""Ways to find a prior strength: on the validation rows, or by the marginal likelihood, without rows."""
+
+Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class RegressionSettings(BaseModel):
     """How the module weights are solved for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
     mode: Literal["module-wise", "propagated"] = Field(
         default="propagated",
         description="each map on what its experts read (always, and by default, where grams.source is not "
         "activations), or, layer by layer, on what the merged model itself reads",
     )
+    # Named by the recipe's own word, which is Python's as well.
+    strength: Rule | Strength | dict[str, Strength] = Field(
+        default="search",
+        alias="lambda",
+        description="the prior's strength: search (on the validation rows), evidence (the most probable for each "
+        "group, without rows), a number, or a number for each group of search.per; without a search, a number",
+    )
     walk_lambda: float = Field(
         default=0.1,
         gt=0,
-        description="of the walk through the network in propagated mode, before the search",
+        description="of the walk through the network in propagated mode, before the search; lambda where that is a "
+        "number",
     )
+
+    @field_validator("strength", mode="before")
+    @classmethod
+    def _a_rule_or_numbers(cls, value: Any) -> Any:
+        """Say in one sentence what pydantic would say once for each alternative."""
+        numbers = list(value.values()) if isinstance(value, dict) else [value]
+        if not (isinstance(value, str) and value in get_args(Rule)) and not (
+            numbers and all(_is_strength(number) for number in numbers)
+        ):
+            raise ValueError(
+                f"must be {', '.join(get_args(Rule))}, a positive number, or a positive number for each module group"
+            )
+        return value
+
+    def settings(self) -> dict[str, Any]:
+        """Return what results depend on, as JSON."""
+        return self.model_dump(mode="json", exclude=set() if self.mode == "propagated" else {"walk_lambda"})
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")

@@ -28,6 +28,8 @@ def model_card(document: Document) -> str:
     view = {
         "front_matter": front_matter(document),
         "opening": findings.opening(document),
+        "method": findings.method(document),
+        "searched": findings.strength_rule(document) == "search",
         "warnings": findings.warnings(document),
         "folder": FOLDER_PLACEHOLDER,
         "task": ascii(experts[0]["name"]) if experts else "''",

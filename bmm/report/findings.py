@@ -18,6 +18,20 @@ ROLES = ("base", "anchor", "merged", "expert")
 NOT_AN_ANCHOR = ("base", "experts", "merged")
 TREATMENTS = ("regressed", "anchored", "averaged", "copied")
 
+UNMEASURED = "How well it does their tasks was not measured: the recipe names no test rows."
+_STRENGTHS = {
+    "search": "the strength of the prior was searched on validation rows",
+    "evidence": "the strength of the prior is the most probable given the experts' weights and Gram matrices, without "
+    "validation rows",
+    "fixed": "the strength of the prior is as the recipe has it, without a search",
+}
+_SOURCES = {
+    "activations": "what the experts read on their calibration rows",
+    "task-vectors": "the experts' task vectors, without any data",
+    "hybrid": "what the experts read on their calibration rows, blended with their task vectors",
+    "artifact": "Gram matrices that were made elsewhere",
+}
+
 _LABELS = {
     "base": "base model, experts' heads",
     "experts": "experts, one a task",
@@ -202,7 +216,7 @@ def opening(document: Document) -> str:
     start = f"{name} expert{'' if count == 1 else 's'} became one model"
     value, interval = share(document, "merged")
     if value is None:
-        return f"{start}."
+        return f"{start}." if tasks(document) else f"{start}. {UNMEASURED}"
     kept = percent_with_interval(value, interval)
     sentence = f"{start}: it keeps {kept} of their test {metric_word(document)}"
     anchor = best_anchor(document)
@@ -255,6 +269,17 @@ def warnings(document: Document) -> list[str]:
     if best_trial is not None and best_trial.get("origin") == "anchor":
         found.append("The search found nothing better than the anchor: the merged model is the anchor.")
     return found
+
+
+def strength_rule(document: Document) -> str:
+    """Return how `λ` was chosen: `search`, `evidence` or `fixed`."""
+    return str((document.get("search") or {}).get("lambda", "search"))
+
+
+def method(document: Document) -> str:
+    """Return what the regression was made from and how its prior's strength was chosen, without a full stop."""
+    source = str((document.get("grams") or {}).get("source", "activations"))
+    return f"the regression is on {_SOURCES[source]}; {_STRENGTHS[strength_rule(document)]}"
 
 
 def finished_trials(document: Document) -> list[Mapping[str, Any]]:

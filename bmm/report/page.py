@@ -55,6 +55,8 @@ def report_page(document: Document) -> str:
     search = document.get("search") or {}
     view = {
         "opening": findings.opening(document),
+        "method": findings.method(document),
+        "unmeasured": findings.UNMEASURED,
         "warnings": findings.warnings(document),
         "confidence": findings.confidence(document),
         "splits": {split: task_rows(document, split) for split in ("test", "validation")},
@@ -71,7 +73,8 @@ def report_page(document: Document) -> str:
         "worst": _worst_conditioned(document),
         "trials": [known(trial, TRIAL_KEYS) for trial in search.get("trials") or []],
         "best": known(search.get("best") or {}, ("index", "settings")),
-        "data": document.get("data") or {},
+        "data": {task: splits for task, splits in (document.get("data") or {}).items() if splits},
+        "searched": findings.strength_rule(document) == "search",
         "stages": {
             name: known(stage, ("state", "seconds", "key")) for name, stage in (document.get("stages") or {}).items()
         },

@@ -1,6 +1,7 @@
 """Stage 6, evaluate: base, experts, anchor, merged model and every method of comparison, on the test rows, once.
 
-The numbers are made from stored answers by `bmm.evaluation.metrics`; this stage says whose answers.
+Without test rows nothing is compared, and without rows nothing is measured at all. The numbers are made from stored
+answers by `bmm.evaluation.metrics`; this stage says whose answers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings, ScaledSettings
+from bmm.errors import RecipeError
 from bmm.evaluation.metrics import Bootstrap, Measured, Method, method_rows, share_of_experts, summarise
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import EvaluationSettings, Recipe
@@ -37,33 +39,32 @@ class Contender:
 
 
 def evaluate(work: Work, request: Request) -> dict[str, Any]:
-    """Measure every model on the test rows, and the four of the main table on the validation rows too."""
+    """Measure every model on the test rows, and the four of the main table on the validation rows too, if there are."""
     setup = setup_of(work, request)
     settings = EvaluationSettings.model_validate(request.settings["evaluation"])
 
     def make(draft: Draft) -> None:
         panel = panel_of(work, request, setup)
+        metrics: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = []
         main = [
             Contender("base", setup.base.digest, lambda: _base_state(setup)),
             _stored(work, "anchor", Reference.from_json(request.inputs["anchor"])),
             _stored(work, "merged", Reference.from_json(request.inputs["search"])),
         ]
-        compared, methods = _compared(work, request, setup, settings)
         bootstrap: dict[str, Any] = {
             "samples": settings.bootstrap_samples,
             "seed": settings.bootstrap_seed,
             "confidence": settings.confidence,
         }
-        validation = _answers(setup, panel, main, "validation")
-        test = _answers(setup, panel, [*main, *compared], "test")
-        draft.write_json(
-            "evaluation.json",
-            {
-                "metrics": {"validation": summarise(validation, **bootstrap), "test": summarise(test, **bootstrap)},
-                "methods": method_rows(test, methods, **bootstrap),
-                "bootstrap": bootstrap,
-            },
-        )
+        if panel.has("validation"):
+            metrics["validation"] = summarise(_answers(setup, panel, main, "validation"), **bootstrap)
+        if panel.has("test"):
+            compared, methods = _compared(work, request, setup, settings)
+            answers = _answers(setup, panel, [*main, *compared], "test")
+            metrics["test"] = summarise(answers, **bootstrap)
+            rows = method_rows(answers, methods, **bootstrap)
+        draft.write_json("evaluation.json", {"metrics": metrics, "methods": rows, "bootstrap": bootstrap})
 
     return {
         "evaluation": work.obtain("evaluation", dict(request.inputs), make, settings=dict(request.settings)).to_json()
@@ -132,6 +133,7 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint lacks a shared tensor, or has one of another shape.
+        RecipeError: the recipe names no rows of this split.
     """
     settings = recipe.evaluation
     given = {"layout": results["experts"].outputs["layout"], "experts": results["experts"].outputs["experts"]}
@@ -139,6 +141,10 @@ def evaluate_checkpoint(
     request = Request("evaluate", given, {"batch_size": settings.batch_size}, where)
     setup = setup_of(work, request)
     panel = panel_of(work, request, setup)
+    if not panel.has(split):
+        raise RecipeError(
+            f"the recipe names no {split} rows to measure {model.source} on; add them to its experts' tasks"
+        )
 
     def state() -> dict[str, torch.Tensor]:
         with ExitStack() as stack:

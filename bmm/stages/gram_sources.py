@@ -36,7 +36,7 @@ def from_task_vectors(work: Work, setup: Setup) -> dict[str, Reference]:
             inputs = {"base": setup.base.digest, "expert": expert.model.digest}
             settings = {
                 "source": "task-vectors",
-                "groups": {group: [map_.weight for map_ in members] for group, members in groups.items()},
+                "groups": {group: [map_.to_json() for map_ in members] for group, members in groups.items()},
             }
 
             def make(draft: Draft, index: int = index, said: Mapping[str, object] = {**inputs, **settings}) -> None:

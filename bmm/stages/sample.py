@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bmm.assembly import Assembler
 from bmm.digest import digest_json
-from bmm.errors import UserError
+from bmm.errors import RecipeError, UserError
 from bmm.evaluation.calibration import BINS, Array, compare, fit_temperature, log_softmax, pooled, row_terms, tempered
 from bmm.evaluation.metrics import resampled_counts
 from bmm.prediction import Panel, StoredWeights
@@ -155,7 +155,14 @@ class Draws:
 
 
 def evaluate_samples(
-    work: Work, request: Request, found: Reference, settings: EvaluationSettings, split: str, count: int, seed: int
+    work: Work,
+    request: Request,
+    rows: Request,
+    found: Reference,
+    settings: EvaluationSettings,
+    split: str,
+    count: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Measure the averaged probabilities of `count` draws beside the posterior mean's, before and after a temperature.
 
@@ -164,6 +171,7 @@ def evaluate_samples(
     Args:
         work: the way to the store.
         request: that of the search.
+        rows: that of the evaluation, which knows the rows.
         found: the search's artefact.
         settings: of the bootstrap.
         split: the rows to report on.
@@ -174,7 +182,12 @@ def evaluate_samples(
         UserError: a task is not one of choosing a class for each row, or nothing is known of the posterior's width.
     """
     setup = setup_of(work, request)
-    panel = panel_of(work, request, setup)
+    panel = panel_of(work, rows, setup)
+    for needed in dict.fromkeys(("validation", split)):
+        if not panel.has(needed):
+            raise RecipeError(
+                f"samples are measured on {needed} rows, and the recipe names none; add them to its tasks"
+            )
     draws = Draws(work, request, found)
     known, labels = _classes(panel, "validation"), _classes(panel, split)
 

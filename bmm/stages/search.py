@@ -1,7 +1,7 @@
-"""Stage 5, search: the posterior's hyperparameters, chosen on the validation rows.
+"""Stage 5, search: the posterior's hyperparameters, chosen on the validation rows, or without a search where told.
 
-Puts together the assembly of weights, the panel of tasks and the durable study; the best trial's weights are written
-here, in the dtype in which they will be published, so that what is tested later is what was found.
+Puts together the assembly of weights, the panel of tasks and the durable study; the chosen weights are written here,
+in the dtype in which they will be published, so that what is tested later is what was found.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from bmm.evaluation.metrics import mean_ratio_to_expert
 from bmm.grams.store import GramReader
 from bmm.prediction import StoredWeights
 from bmm.progress import progress
-from bmm.recipe import SearchSettings
 from bmm.search.run import Outcome, search
+from bmm.search.settings import SearchSettings
 from bmm.search.space import ModulePlace, Per, Setting, Space, groups_of
-from bmm.search.study import Study, Trial
+from bmm.search.study import Study
 from bmm.stages.anchor import published_dtypes, write_state
 from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.propagation import walk_moments
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
+from bmm.stages.strength import check_groups, described, settings_without_search
 from bmm.store import Draft
 from bmm.weights import ExpertWeights
 
@@ -37,10 +38,11 @@ ANCHOR = Setting(math.inf, 1.0)
 
 
 def run_search(work: Work, request: Request) -> dict[str, Any]:
-    """Search `λ` and `γ` per module group, and write the best model's encoder.
+    """Choose `λ` and `γ` per module group, by a search or as the recipe says, and write that model's encoder.
 
     Raises:
         CheckpointError: fewer of the weights can be regressed than the recipe demands.
+        RecipeError: the recipe's strengths are of other module groups.
     """
     setup = setup_of(work, request)
     settings = SearchSettings.model_validate(request.settings["search"])
@@ -55,30 +57,92 @@ def run_search(work: Work, request: Request) -> dict[str, Any]:
 def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings, draft: Draft) -> None:
     anchor = work.read(request.inputs["anchor"])
     anchored = StoredWeights(anchor)
-    panel = panel_of(work, request, setup)
     groups = module_groups(setup, settings.per)
-    space = Space(tuple(dict.fromkeys(groups.values())), settings.log10_lambda, settings.gamma)
-    expert_scores = {
-        expert: measured.score for expert, measured in expert_predictions(setup, panel, "validation").items()
-    }
+    strength = request.settings["regression"]["lambda"]
+    check_groups(strength, groups)
+    dtype = DTYPES[request.settings["dtype"]]
+    dtypes = published_dtypes(setup, dtype)
     with setup.weights() as weights:
-        assembler = assembler_of(work, request, setup, weights, anchored)
-        dtype = DTYPES[request.settings["dtype"]]
-        dtypes = published_dtypes(setup, dtype)
         rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
+        if settings.trials:
+            # The experts are looked at first: a task that none can do is told before the long part.
+            objective = _Objective(work, request, setup, groups, rest, dtypes)
+            assembler = assembler_of(work, request, setup, weights, anchored)
+            chosen, told = _searched(request, settings, draft, objective, assembler)
+        else:
+            assembler = assembler_of(work, request, setup, weights, anchored)
+            chosen = settings_without_search(strength, groups, assembler.evidence, settings.log10_lambda)
+            told = _without_search(settings, strength, chosen)
+        _write_best(draft, setup, assembler, weights, anchor.read_json("treatments.json"), groups, chosen, rest, dtype)
+        draft.write_json("search.json", told)
 
-        def evaluate(chosen: Mapping[str, Setting]) -> Outcome:
-            regressed = assembler.weights({module: chosen[group] for module, group in groups.items()})
-            state = {**rest, **{name: tensor.to(dtypes[name]) for name, tensor in regressed.items()}}
-            found = {task: measured.score for task, measured in panel.evaluate(state, "validation").items()}
-            return Outcome(mean_ratio_to_expert(found, expert_scores), found)
 
-        identity = {"inputs": dict(request.inputs), "settings": dict(request.settings)}
-        draft.progress.mkdir(parents=True, exist_ok=True)
-        study = Study.open(draft.progress / "trials.jsonl", identity)
-        best = search(space, evaluate, study, settings.trials, settings.seed)
-        _write_best(draft, setup, assembler, weights, anchor.read_json("treatments.json"), groups, best, rest, dtype)
-        _write_trials(draft, study, best, settings, expert_scores)
+class _Objective:
+    """What a setting is worth: the merged model's scores on the validation rows beside the experts'."""
+
+    def __init__(
+        self,
+        work: Work,
+        request: Request,
+        setup: Setup,
+        groups: Mapping[str, str],
+        rest: Mapping[str, torch.Tensor],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        self.groups = groups
+        self._panel = panel_of(work, request, setup)
+        self._rest, self._dtypes = rest, dtypes
+        answers = expert_predictions(setup, self._panel, "validation")
+        self.expert = {expert: measured.score for expert, measured in answers.items()}
+
+    def evaluate(self, assembler: Assembler, chosen: Mapping[str, Setting]) -> Outcome:
+        """Run the model of one setting."""
+        regressed = assembler.weights({module: chosen[group] for module, group in self.groups.items()})
+        state = {**self._rest, **{name: tensor.to(self._dtypes[name]) for name, tensor in regressed.items()}}
+        found = {task: measured.score for task, measured in self._panel.evaluate(state, "validation").items()}
+        return Outcome(mean_ratio_to_expert(found, self.expert), found)
+
+
+def _searched(
+    request: Request, settings: SearchSettings, draft: Draft, objective: _Objective, assembler: Assembler
+) -> tuple[Mapping[str, Setting], dict[str, Any]]:
+    """Search, and return the best setting of each group and what `search.json` says."""
+    space = Space(tuple(dict.fromkeys(objective.groups.values())), settings.log10_lambda, settings.gamma)
+    identity = {"inputs": dict(request.inputs), "settings": dict(request.settings)}
+    draft.progress.mkdir(parents=True, exist_ok=True)
+    study = Study.open(draft.progress / "trials.jsonl", identity)
+    best = search(space, lambda chosen: objective.evaluate(assembler, chosen), study, settings.trials, settings.seed)
+    told = {
+        "per": settings.per,
+        "lambda": "search",
+        "objective": settings.objective,
+        "seed": settings.seed,
+        "expert": dict(objective.expert),
+        "trials": [trial.to_json() for trial in study.trials],
+        "best": {
+            "index": best.index,
+            "objective": best.objective,
+            "settings": {group: setting.to_json() for group, setting in best.settings.items()},
+        },
+    }
+    return best.settings, told
+
+
+def _without_search(settings: SearchSettings, strength: Any, chosen: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return what `search.json` says where nothing was searched."""
+    return {
+        "per": settings.per,
+        "lambda": described(strength),
+        "objective": None,
+        "seed": None,
+        "expert": {},
+        "trials": [],
+        "best": {
+            "index": None,
+            "objective": None,
+            "settings": {group: setting.to_json() for group, setting in sorted(chosen.items())},
+        },
+    }
 
 
 def _write_best(
@@ -88,13 +152,13 @@ def _write_best(
     weights: ExpertWeights,
     treatments: Mapping[str, str],
     groups: Mapping[str, str],
-    best: Trial,
+    settings: Mapping[str, Setting],
     rest: Mapping[str, torch.Tensor],
     dtype: str | None,
 ) -> None:
-    """Write the best trial's encoder, and for every parameter how it came about."""
+    """Write the encoder of the chosen settings, and for every parameter how it came about."""
     entries: dict[str, dict[str, Any]] = {}
-    chosen = {module: best.settings[group] for module, group in groups.items()}
+    chosen = {module: settings[group] for module, group in groups.items()}
 
     def get(name: str) -> torch.Tensor:
         members = assembler.parameters.get(name, ())
@@ -132,24 +196,6 @@ def _regressed(solved: Mapping[str, Solved], setting: Setting) -> dict[str, Any]
         if len(entry["anchored_maps"]) == len(solved):
             entry["treatment"] = "anchored"
     return entry
-
-
-def _write_trials(
-    draft: Draft, study: Study, best: Trial, settings: SearchSettings, expert_scores: Mapping[str, float]
-) -> None:
-    document = {
-        "per": settings.per,
-        "objective": settings.objective,
-        "seed": settings.seed,
-        "expert": dict(expert_scores),
-        "trials": [trial.to_json() for trial in study.trials],
-        "best": {
-            "index": best.index,
-            "objective": best.objective,
-            "settings": {group: setting.to_json() for group, setting in best.settings.items()},
-        },
-    }
-    draft.write_json("search.json", document)
 
 
 def check_coverage(setup: Setup, minimum: float) -> None:

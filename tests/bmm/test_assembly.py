@@ -44,7 +44,8 @@ class Case:
             case.asked.append((index, group))
             return case.grams[index][group]
 
-        return module_wise(MAPS, Weights(), self.anchor.__getitem__, gram, lambda _: 50)  # type: ignore[arg-type]
+        rows = 50 * len(self.experts)
+        return module_wise(MAPS, Weights(), self.anchor.__getitem__, gram, lambda _: rows)  # type: ignore[arg-type]
 
 
 def case(seed: int = 0, experts: int = 3) -> Case:
@@ -133,3 +134,15 @@ def test_a_weight_that_overflows_is_named() -> None:
     made.anchor["a.key.weight"] = torch.full((3, 4), 3e38)
     with pytest.raises(FloatingPointError, match=r"the weight of a\.key is not finite at λ=inf, γ=1\.5"):
         made.assembler().solve("a.key", Setting(math.inf, 1.5))
+
+
+def test_the_evidence_of_a_map_is_made_of_the_experts_distance_to_the_anchor() -> None:
+    made = case()
+    found = made.assembler().evidence("a.key")
+    grams = [part["a.query"] for part in made.grams]
+    apart = [e["a.key.weight"].double() - made.anchor["a.key.weight"].double() for e in made.experts]
+    assert found.energy == pytest.approx(
+        sum(float((d @ g @ d.T).trace()) for d, g in zip(apart, grams, strict=True)), rel=1e-10
+    )
+    assert found.rows == 150
+    assert torch.equal(found.posterior.mean(0.3), made.assembler()._problems["a.key"].posterior.mean(0.3))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bmm.notes import other_bases, singular_grams, zero_task_vectors
+from bmm.notes import other_bases, singular_grams, unmeasured, zero_task_vectors
 
 
 def norms(**values: float) -> dict[str, dict[str, float]]:
@@ -41,3 +41,10 @@ def test_a_singular_gram_names_the_first_parameter_and_only_regressed_ones() -> 
     assert singular_grams([regular, anchored]) == []
     (said,) = singular_grams([regular, anchored, singular, {**singular, "parameter": "c.bias"}])
     assert said.startswith("The Gram matrix behind c.weight and 1 more is singular")
+
+
+def test_rows_that_are_missing_are_told() -> None:
+    assert unmeasured(("validation", "test")) == []
+    (said,) = unmeasured(("test",))
+    assert "no validation rows" in said
+    assert "no test rows" in unmeasured(())[0]

@@ -134,7 +134,11 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
         ("anchor", {"method": "iso-c", "scales": [0.5, 3.0]}, r"'anchor.scales.1'"),
         ("anchor", "tsv", "'anchor': .*given: 'tsv'"),
         ("anchor", {"method": "checkpoint"}, "'anchor.path' is missing"),
-        ("search", {"trials": 0}, r"'search.trials': .*given: 0"),
+        ("search", {"trials": -1}, r"'search.trials': .*given: -1"),
+        ("search", "nothing", "'search': .*given: 'nothing'"),
+        ("regression", {"lambda": -1}, r"'regression.lambda': must be search, evidence, .*given: -1"),
+        ("regression", {"lambda": {"qkv": "x"}}, "'regression.lambda': must be search, evidence, a positive number"),
+        ("regression", {"strength": 1.0}, "unknown key 'regression.strength'"),
         ("search", {"gamma": [0.5, 0.9]}, "gamma must include 1"),
         ("search", {"gamma": [1.1, 1.5]}, "gamma must include 1"),
         ("search", {"log10_lambda": [2, -4]}, "'search.log10_lambda': the lower end must be below"),
@@ -186,6 +190,30 @@ def test_grams_that_the_walk_cannot_use_mean_module_wise_regression(
     with pytest.raises(RecipeError, match=r"the recipe: 'regression.mode': .*from '.*'; set grams.source"):
         Recipe.from_mapping({**values, "grams": grams, "regression": {"mode": "propagated"}})
     assert Recipe.from_mapping(values).regression.mode == "propagated"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"anchor": {"method": "fisher"}}, "'anchor': the method 'fisher' needs calibration rows, and news has none"),
+        ({"anchor": {"scale": "validation"}}, r"'anchor.scale': .* needs validation rows, and news has none"),
+        ({"evaluation": {"compare": ["fisher"]}}, r"'evaluation.compare': .* needs calibration rows"),
+        ({"evaluation": {"compare_at": "validation"}}, r"'evaluation.compare_at': .* needs validation rows"),
+    ],
+)
+def test_what_cannot_do_without_rows_is_refused_without_them(
+    values: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    for expert in values["experts"]:
+        expert["task"] = {key: part for key, part in expert["task"].items() if key not in ("calibration", "validation")}
+    for part in ("grams", "search", "regression"):
+        del values[part]
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_mapping({**values, **changes})
+    for expert in values["experts"]:
+        del expert["task"]
+    if "evaluation" in changes:
+        assert Recipe.from_mapping({**values, **changes}).grams.source == "task-vectors"
 
 
 def test_the_folders_of_grams_made_elsewhere_are_known_by_expert(values: dict[str, Any]) -> None:

@@ -29,7 +29,22 @@ def test_the_opening_without_methods_names_the_anchor_of_the_merge(document):
 
 def test_the_opening_without_results_is_still_a_sentence(document):
     document["metrics"] = {}
+    assert findings.opening(document) == f"Four experts became one model. {findings.UNMEASURED}"
+    assert "the recipe names no test rows" in findings.UNMEASURED
+    document["metrics"] = {"test": {"news": {"metric": "accuracy"}}}
     assert findings.opening(document) == "Four experts became one model."
+
+
+def test_how_the_regression_was_made_is_said_in_words(document):
+    assert findings.method(document) == (
+        "the regression is on what the experts read on their calibration rows; the strength of the prior was searched "
+        "on validation rows"
+    )
+    document["grams"] = {"source": "task-vectors"}
+    for rule, said in (("fixed", "as the recipe has it, without a search"), ("evidence", "most probable given the")):
+        document["search"]["lambda"] = rule
+        assert "task vectors, without any data; the strength" in findings.method(document)
+        assert said in findings.method(document)
 
 
 def test_a_good_merge_has_no_warnings(document):

@@ -161,6 +161,20 @@ def test_without_intervals_trials_and_validation(document):
     assert not re.search(r"\b(None|nan)\b", text)
 
 
+def test_a_merge_without_rows_says_so_and_shows_how_its_strengths_were_chosen(document, no_figures):
+    chosen = document["search"]["best"]["settings"]
+    document["search"] |= {"lambda": "evidence", "trials": [], "best": {"index": None, "settings": chosen}}
+    document |= {"metrics": {}, "methods": [], "data": {name: {} for name in document["data"]}}
+    document["grams"] = {"source": "task-vectors"}
+    text = report_page(document)
+    assert "the recipe names no test rows" in text
+    assert "most probable given the experts" in text
+    assert 'id="data"' not in text
+    assert "the search saw" not in text
+    (table,) = [rows for rows in Page(text).tables if rows[0] == ["module group", "λ", "γ"]]
+    assert [row[0] for row in table[1:]] == list(chosen)
+
+
 def test_failed_trials_have_a_dash(document, no_figures):
     document["search"]["trials"][5] |= {"state": "failed", "objective": None}
     trials = next(table for table in Page(report_page(document)).tables if table[0][0] == "trial")

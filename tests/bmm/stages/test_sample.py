@@ -33,14 +33,17 @@ class Finished:
         self.work = Work(Store(folder / "store"))
         self.inputs = fingerprint_inputs(self.recipe)
         self.results: dict[str, Result] = cached_results(self.recipe, self.inputs, self.work.store)
-        self.request: Request = Requests(self.recipe, self.inputs).build("search", self.results)
+        requests = Requests(self.recipe, self.inputs)
+        self.request: Request = requests.build("search", self.results)
+        self.rows: Request = requests.build("evaluate", self.results)
         self.search: Reference = self.results["search"].reference("search")
 
     def draws(self) -> Draws:
         return Draws(self.work, self.request, self.search)
 
     def measured(self, count: int, *, split: str = "test", seed: int = 0):
-        return evaluate_samples(self.work, self.request, self.search, self.recipe.evaluation, split, count, seed)
+        asked = (self.request, self.rows, self.search, self.recipe.evaluation)
+        return evaluate_samples(self.work, *asked, split, count, seed)
 
 
 def test_draws_lie_around_the_published_model(merged: Path) -> None:

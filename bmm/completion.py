@@ -1,0 +1,134 @@
+"""What a recipe leaves open and what follows from the rest: source, mode, prior strength and number of trials.
+
+Rows are optional, so the defaults depend on which there are: with all three splits a search over propagated
+regression, without any a data-free merge. What was said is kept, and what does not fit together is refused. Pure
+functions of the recipe's parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings, HybridGrams, TaskVectorGrams
+from bmm.regression.settings import RegressionSettings
+from bmm.search.settings import SearchSettings
+
+DATA_FREE_LAMBDA = 0.1
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The parts of a recipe that depend on each other."""
+
+    grams: GramSettings
+    regression: RegressionSettings
+    search: SearchSettings
+
+
+def complete(
+    said: Choices,
+    splits: Mapping[str, Collection[str]],
+    *,
+    grams_said: bool,
+    needs: Sequence[tuple[str, str]] = (),
+) -> Choices:
+    """Return the choices with everything filled in.
+
+    Args:
+        said: as the recipe has them, defaults where it says nothing.
+        splits: the splits that each expert has rows for, by the expert's name.
+        grams_said: whether the recipe says anything of its Gram matrices.
+        needs: splits that other parts of the recipe cannot do without, each with the key and what it asks for.
+
+    Raises:
+        ValueError: choices that do not fit together or to the rows; the message names the key.
+    """
+    for split in ("validation", "test"):
+        with_rows = [name for name, own in splits.items() if split in own]
+        without = [name for name in splits if name not in with_rows]
+        if with_rows and without:
+            raise ValueError(
+                f"'experts': {with_rows[0]} has {split} rows and {without[0]} has none; "
+                f"give {split} rows to every expert or to none"
+            )
+    unseen = [name for name, own in splits.items() if "calibration" not in own]
+    for split, what in needs:
+        lacking = next((name for name, own in splits.items() if split not in own), None)
+        if lacking is not None:
+            raise ValueError(
+                f"{what} needs {split} rows, and {lacking} has none; add them to its task, or change this key"
+            )
+    said = replace(said, grams=_grams(said.grams, splits, unseen, grams_said=grams_said))
+    said = replace(said, regression=_mode(said))
+    validation = all("validation" in own for own in splits.values())
+    said = replace(said, search=_search(said, validation=validation))
+    return replace(said, regression=_strength(said))
+
+
+def _grams(grams: GramSettings, experts: Collection[str], unseen: Sequence[str], *, grams_said: bool) -> GramSettings:
+    if not grams_said and len(unseen) == len(experts):
+        return TaskVectorGrams()
+    if unseen and isinstance(grams, ActivationGrams | HybridGrams):
+        raise ValueError(
+            f"'experts': {unseen[0]} has no calibration rows, which Gram matrices from '{grams.source}' need; "
+            "add them to its task, or set grams.source to task-vectors"
+        )
+    if isinstance(grams, ArtifactGrams):
+        grams.folders(tuple(experts))
+    return grams
+
+
+def _mode(said: Choices) -> RegressionSettings:
+    regression = said.regression
+    if said.grams.source == "activations":
+        return regression
+    if "mode" not in regression.model_fields_set:
+        return _changed(regression, mode="module-wise")
+    if regression.mode == "propagated":
+        raise ValueError(
+            f"'regression.mode': propagated regression reads the calibration rows itself, so it cannot use Gram "
+            f"matrices from '{said.grams.source}'; set grams.source to activations or the mode to module-wise"
+        )
+    return regression
+
+
+def _search(said: Choices, *, validation: bool) -> SearchSettings:
+    search, regression = said.search, said.regression
+    trials_said = "trials" in search.model_fields_set
+    strength_said = "strength" in regression.model_fields_set
+    fixed = strength_said and regression.strength != "search"
+    if trials_said and search.trials and not validation:
+        raise ValueError(
+            "'search.trials': a search needs validation rows for every expert; add them, or set search: none"
+        )
+    if trials_said and search.trials and fixed:
+        raise ValueError(
+            "'regression.lambda': this leaves nothing to search; remove search.trials, or set the key to search"
+        )
+    if strength_said and not fixed:
+        if not validation:
+            raise ValueError(
+                "'regression.lambda': a search needs validation rows for every expert; add them, or give a number"
+            )
+        if not search.trials:
+            raise ValueError("'regression.lambda': it cannot be searched without trials; raise search.trials")
+    if not trials_said and (fixed or not validation):
+        return search.model_copy(update={"trials": 0})
+    return search
+
+
+def _strength(said: Choices) -> RegressionSettings:
+    regression = said.regression
+    if not said.search.trials and "strength" not in regression.model_fields_set:
+        walked = regression.mode == "propagated"
+        regression = _changed(regression, strength=regression.walk_lambda if walked else DATA_FREE_LAMBDA)
+    number = isinstance(regression.strength, float | int)
+    if number and regression.mode == "propagated" and "walk_lambda" not in regression.model_fields_set:
+        regression = _changed(regression, walk_lambda=regression.strength)
+    return regression
+
+
+def _changed(regression: RegressionSettings, **changes: Any) -> RegressionSettings:
+    return regression.model_copy(update=changes)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from transformers import BertConfig, ViTConfig
+
+from bmm.kinds.registry import _KINDS, kind_of
+from bmm.kinds.settings import HEADS, Task, task_of
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+
+def test_each_kind_is_known_by_the_class_of_its_models() -> None:
+    assert {kind: f"AutoModel{ending}" for kind, ending in HEADS.items()} == {
+        name: kind.architecture.auto_class for name, kind in _KINDS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("architectures", "kind"),
+    [
+        (["BertForSequenceClassification"], "text-classification"),
+        (["ViTForImageClassification"], "image-classification"),
+        (["BertModel"], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_a_task_without_words_is_what_the_model_is_for(architectures: Any, kind: str | None) -> None:
+    task = task_of({"architectures": architectures})
+    assert (task and task["kind"]) == kind
+    if task is not None:
+        assert {"calibration", "validation", "test"}.isdisjoint(task)
+        assert TypeAdapter[Any](Task).validate_python(task).splits() == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("text-classification", BertConfig(**SMALL, vocab_size=11)),
+        ("image-classification", ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)),
+    ],
+)
+def test_a_model_that_reads_no_rows_can_be_fed(kind: str, config: Any) -> None:
+    model = kind_of(kind).bare(config.to_dict(), "one")
+    assert model.reader is None
+    for parameter in model.encoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.inference_mode():
+        answers = model.encoder(**kind_of(kind).probe(model))
+    assert answers.last_hidden_state.shape[0] == 2
