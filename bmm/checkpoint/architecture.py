@@ -113,18 +113,20 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """Return canonical name -> stored name of the encoder's tensors.
 
     Canonical is what transformers calls a parameter once the encoder is loaded, which for some architectures (ViT,
-    DINOv2) is not what `save_pretrained` writes. A checkpoint without a single name under the prefix is a bare
-    encoder: all tensors are the encoder's.
+    DINOv2) is not what `save_pretrained` writes. A checkpoint without a single name under the prefix is stored
+    without it, as transformers takes it too: the tensors of the encoder's own parts are the encoder's.
 
     Raises:
         CheckpointError: a tensor that transformers cuts or joins when it loads it.
     """
     names = checkpoint.names()
     under = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
-    rename = _renaming(canonical_json(checkpoint.config))
+    rename, parts = _renaming(canonical_json(checkpoint.config))
     found = {}
     for name, stored in (under or {name: name for name in names}).items():
         renamed, cut = rename(name)
+        if not under and parts and renamed.partition(".")[0] not in parts:
+            continue
         if cut:
             raise CheckpointError(
                 f"{checkpoint.path} stores the tensor '{stored}' in a form that transformers cuts or joins when it "
@@ -135,8 +137,11 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
 
 
 @lru_cache(maxsize=16)
-def _renaming(config: str) -> Callable[[str], tuple[str, bool]]:
-    """Return a function from a stored name to the loaded encoder's, and whether the tensor itself is changed too."""
+def _renaming(config: str) -> tuple[Callable[[str], tuple[str, bool]], frozenset[str]]:
+    """Return a function from a stored name to the loaded encoder's, and what the encoder's own parts are called.
+
+    The function also says whether the tensor itself is changed on loading.
+    """
     import torch
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -149,7 +154,7 @@ def _renaming(config: str) -> Callable[[str], tuple[str, bool]]:
             model = transformers.AutoModel.from_config(settings, trust_remote_code=False)
     except Exception:
         # What is wrong with the configuration is said where the task's own model is built from it.
-        return lambda name: (name, False)
+        return lambda name: (name, False), frozenset()
     # Of legacy names only LayerNorm's are known here, which `Checkpoint` modernises.
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
@@ -159,4 +164,4 @@ def _renaming(config: str) -> Callable[[str], tuple[str, bool]]:
         renamed, pattern = rename_source_key(name, renamings, converters)
         return str(renamed), pattern is not None
 
-    return rename
+    return rename, frozenset(name.partition(".")[0] for name in model.state_dict())

@@ -20,6 +20,7 @@ from bmm.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
 _LEGACY = re.compile(r"(?P<layer>(^|\.)LayerNorm)\.(?P<old>gamma|beta)$")
 _MODERN = {"gamma": "weight", "beta": "bias"}
 
@@ -70,6 +71,12 @@ def find_weights(folder: Path) -> Weights:
         if found is None or found.file != folder / shard:
             raise CheckpointError(
                 f"{index} says that the tensor '{key}' is in {shard}, which lacks it; save or download the model again"
+            )
+    for wrapper, by in _WRAPPERS.items():
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            raise CheckpointError(
+                f"{files[0]} was saved from inside of {by}: its names begin with '{wrapper}', under which transformers "
+                f"finds nothing; save it again with `save_pretrained` of the model inside"
             )
     if not tensors:
         raise CheckpointError(f"{files[0]} holds no tensor; save or download the model again")

@@ -207,6 +207,29 @@ def test_an_expert_without_a_head_is_refused(save) -> None:
     )
 
 
+@pytest.mark.parametrize("max_shard_size", [None, "10KB"])
+def test_an_expert_stored_without_the_prefix_or_with_old_names_is_as_transformers_loads_it(
+    save, edit_weights, max_shard_size: str | None
+) -> None:
+    base, news, mail = save("base", "encoder"), save("news"), save("mail", max_shard_size=max_shard_size)
+    wanted = layout(base, news=news, mail=mail)
+
+    def older(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            modern = name.removeprefix("bert.")
+            modern = modern.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[modern] = tensors.pop(name)
+
+    edit_weights(news, older)
+    _, said = AutoModelForSequenceClassification.from_pretrained(news, output_loading_info=True)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    found = layout(base, news=news, mail=mail)
+    assert [parameter.name for parameter in found.shared] == [parameter.name for parameter in wanted.shared]
+    assert found.heads == wanted.heads
+    assert all(parameter.expert_keys["news"] == parameter.name for parameter in found.shared)
+
+
 def test_an_expert_that_shares_nothing_is_refused(save, edit_weights) -> None:
     mail = save("mail")
 

@@ -251,6 +251,20 @@ def test_a_packed_dtype_is_refused(save) -> None:
     refused(folder, "'packed'", "F4")
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_a_wrapped_models_names_are_refused_as_transformers_would_not_find_them(save, edit_weights, wrapper) -> None:
+    folder = save("m")
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[wrapper + name] = tensors.pop(name)
+
+    edit_weights(folder, wrap)
+    refused(folder, f"'{wrapper}'", "save_pretrained")
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)[1]
+    assert loaded["missing_keys"]
+
+
 def test_8_bit_floats_are_refused_by_name(save, edit_weights) -> None:
     folder = save("m")
     name = "bert.pooler.dense.weight"
