@@ -102,19 +102,26 @@ def init(
 
 @app.command()
 def plan(
-    recipe: RecipeFile, store: StoreOption = None, fresh: FreshOption = False, as_json: JsonOption = False
+    recipe: RecipeFile,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="check all that can be known without the network, weights or rows")
+    ] = False,
+    store: StoreOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the stages, what is cached, and the memory and disk that the rest needs; refuse what does not fit."""
 
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.plan(recipe, store, fresh=fresh)
+        return commands.plan_offline(recipe) if offline else commands.plan(recipe, store, fresh=fresh)
 
     def show(found: dict[str, Any]) -> None:
-        from flows.show import plan_table
+        from flows.show import offline_summary, plan_table
 
-        _out.print(plan_table(found))
+        for part in offline_summary(found) if offline else [plan_table(found)]:
+            _out.print(part, soft_wrap=isinstance(part, str))
 
     _run(work, as_json, show)
 

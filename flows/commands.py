@@ -44,6 +44,13 @@ def plan(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
     return made.to_json()
 
 
+def plan_offline(path: Path) -> dict[str, Any]:
+    """Check a recipe without the network, and say what that leaves open."""
+    from bmm.offline import check_offline
+
+    return {"recipe": str(path), **asdict(check_offline(_recipe(path)))}
+
+
 def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[str, Any]:
     """Run a merge, as a Prefect flow or in this process, and log it to MLflow."""
     from bmm.plan import make_plan, require_fit

@@ -70,6 +70,16 @@ def plan_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def offline_summary(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Return what is known of a recipe without the network, and what is not."""
+    marks = (
+        ("checked", "[green]holds[/green]  "),
+        ("warnings", "[yellow]doubt[/yellow]  "),
+        ("not_checked", "[dim]open[/dim]   "),
+    )
+    return [f"{mark}{escape(line)}" for key, mark in marks for line in found[key]]
+
+
 def gram_table(found: Mapping[str, Any]) -> Table:
     """Return the Gram artefacts as a table."""
     table = _table(f"{found['state']} in {found['seconds']:.1f} s")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bmm.checkpoint.allowed import check_allowed
 from bmm.errors import CheckpointError, UserError
+from bmm.hub import hub_id
 
-_HUB_ID = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):")
 # The model card is text and carries the licence; chat templates belong to the tokenizer. Subfolders hold
 # the same model in other formats.
@@ -48,6 +48,12 @@ def register_scheme(scheme: str, resolver: SchemeResolver) -> None:
     _schemes[scheme.lower()] = resolver
 
 
+def scheme_of(source: str) -> str | None:
+    """Return the scheme that a source begins with ("models"), or None."""
+    match = _SCHEME.match(source)
+    return None if match is None else match["scheme"].lower()
+
+
 def resolve(source: str, folder: Path, where: str) -> Resolved:
     """Find the model folder that `source` names, fetching it where it lives elsewhere.
 
@@ -65,7 +71,7 @@ def resolve(source: str, folder: Path, where: str) -> Resolved:
         exists, is_folder = local.exists(), local.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where}: '{source}' is not a usable path: {error}") from None
-    scheme, hub = _SCHEME.match(source), _HUB_ID.fullmatch(source)
+    scheme, hub = scheme_of(source), hub_id(source)
     if exists or not (scheme or hub):
         check_allowed(local, where)
     if is_folder:
@@ -73,9 +79,9 @@ def resolve(source: str, folder: Path, where: str) -> Resolved:
     if exists:
         raise CheckpointError(f"{where}: {local} is a file; name the model folder that holds it")
     if scheme:
-        return _from_scheme(scheme["scheme"].lower(), source, where)
+        return _from_scheme(scheme, source, where)
     if hub:
-        return _from_hub(source, hub["model"], hub["revision"], local, where)
+        return _from_hub(source, hub.repository, hub.revision, local, where)
     raise CheckpointError(
         f"{where}: there is no folder {local}; correct the path, or name a hub model as org/name[@revision]"
     )

@@ -103,7 +103,7 @@ def read_columns(source: SplitSource, wanted: Mapping[str, str | None], folder: 
     """Read some columns of one split of one expert's task.
 
     Args:
-        source: what to read; `rows` takes a seeded sample without replacement, kept in file order.
+        source: what to read; `rows` takes a seeded sample without replacement after `skip` rows, kept in file order.
         wanted: the recipe's key and name of each column; None is passed over.
         folder: what relative paths are taken from.
         where: expert and split; begins every message.
@@ -173,9 +173,15 @@ def check_disjoint(where: str, splits: Mapping[str, Split]) -> None:
 
 def _sample(total: int, source: SplitSource, spot: str) -> list[int]:
     """Return the indices of the rows to take, ascending."""
-    if source.rows is None:
+    wanted = source.skip + (source.rows or 1)
+    if wanted > total:
+        after = f" after {source.skip} skipped rows" if source.skip else ""
+        raise DataError(
+            f"{spot}: {source.rows or 'more'} rows{after} are asked for, but there are {total}; lower "
+            f"{'`rows` or `skip`' if source.skip else '`rows`'}"
+        )
+    if source.rows is None and not source.skip:
         return list(range(total))
-    if source.rows > total:
-        raise DataError(f"{spot}: {source.rows} rows are asked for, but there are {total}; lower `rows`")
-    chosen = np.random.default_rng(source.seed).choice(total, size=source.rows, replace=False)
-    return sorted(int(index) for index in chosen)
+    # One order for a seed, whatever is taken of it, so that splits with different parts of it share no row.
+    order = np.random.default_rng(source.seed).permutation(total)
+    return sorted(int(index) for index in order[source.skip :][: source.rows])

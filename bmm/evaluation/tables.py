@@ -11,7 +11,6 @@ user's home. (Files fetched from a hub stay in the hub's own cache, which goes b
 from __future__ import annotations
 
 import glob
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bmm.errors import DataError
+from bmm.hub import hub_id
 from bmm.kinds.settings import SplitSource
 
 BUILDERS = ("json", "csv", "parquet", "text", "imagefolder")
@@ -199,7 +199,8 @@ def saved_folder(source: SplitSource, folder: Path, spot: str) -> Path | None:
             f"{', '.join(BUILDERS)} and name the files in `data_files`"
         )
     # A bare word is either a builder that is not offered (one of them unpickles) or a misspelt one.
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source.path):
+    hub = hub_id(source.path)
+    if hub is None or hub.revision is not None:
         raise DataError(
             f"{spot}: `path` is '{source.path}', which is neither one of {', '.join(BUILDERS)}, nor an "
             "existing folder, nor a hub id such as owner/name"

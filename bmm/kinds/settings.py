@@ -20,7 +20,8 @@ class SplitSource(Part):
     """Rows of one split, as `datasets.load_dataset` is asked for them, and how many of them to take.
 
     `path` is a builder (`json`, `csv`, `parquet`, `text`, `imagefolder`), a folder saved on disk, or a hub id; `rows`
-    takes a seeded sample of that size, in file order; without it every row is used.
+    takes a seeded sample of that size, in file order; without it every row is used. `skip` leaves out the first rows
+    of the order that the seed draws from, so that two samples of one split share no row.
     """
 
     path: str
@@ -30,6 +31,7 @@ class SplitSource(Part):
     revision: str | None = None
     rows: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
+    skip: int = Field(default=0, ge=0, description="rows of the seed's order to leave out before the sample")
 
 
 ClassMetric = Annotated[

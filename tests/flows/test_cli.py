@@ -23,7 +23,7 @@ Place = tuple[Path, Path]
         ([], ["demo", "init", "plan", "merge", "grams", "eval", "report", "store", "schema"]),
         (["demo"], ["FOLDER", "--experts", "--json"]),
         (["init"], ["DIR", "--force", "--json"]),
-        (["plan"], ["RECIPE", "--store", "--json", "refuse"]),
+        (["plan"], ["RECIPE", "--offline", "--store", "--json", "refuse"]),
         (["merge"], ["RECIPE", "--store", "--fresh", "--resume", "--no-server", "--json"]),
         (["grams"], ["RECIPE", "--output", "--store", "--json", "Gram"]),
         (["eval"], ["MODEL", "RECIPE", "--split", "--samples", "--seed", "--json"]),
@@ -43,6 +43,20 @@ def test_help_names_what_a_command_takes(
     said = bmm_here(*words, "--help")
     assert said.code == 0
     assert [name for name in named if name.lower() not in said.out.lower()] == []
+
+
+def test_an_offline_plan_says_what_holds_and_what_is_open(pico: Path, bmm_here: Command, tmp_path: Path) -> None:
+    recipe = pico / "recipe.yaml"
+    found = bmm_here("plan", "--offline", recipe, "--json").document
+    assert found["checked"]
+    assert found["not_checked"]
+    said = bmm_here("plan", "--offline", recipe)
+    assert (said.code, "holds" in said.out, "open" in said.out) == (0, True, True)
+    recipe.write_text(recipe.read_text().replace("./experts/task1", "./experts/task9"))
+    said = bmm_here("plan", "--offline", recipe)
+    assert said.code == 2
+    assert "the expert task1" in said.err
+    assert not (tmp_path / "store").exists()
 
 
 def test_every_command_prints_one_json_document(done: Place, bmm_here: Command, tmp_path: Path) -> None:

@@ -191,6 +191,18 @@ def test_samples_are_seeded_without_replacement_in_file_order(reviews: Path) -> 
     assert load(reviews, path="json", data_files="reviews.jsonl", rows=10, seed=3).rows == expected(EXAMPLES)
 
 
+def test_parts_of_one_order_share_no_row_and_together_are_all(reviews: Path) -> None:
+    parts = [(0, 3), (3, 4), (7, None)]
+    taken = [
+        load(reviews, path="json", data_files="reviews.jsonl", seed=5, skip=skip, rows=rows).rows
+        for skip, rows in parts
+    ]
+    assert [len(rows) for rows in taken] == [3, 4, 3]
+    assert sorted(row.text for rows in taken for row in rows) == sorted(example["text"] for example in EXAMPLES)
+    with pytest.raises(DataError, match=r"4 rows after 7 skipped rows are asked for, but there are 10; lower"):
+        load(reviews, path="json", data_files="reviews.jsonl", skip=7, rows=4)
+
+
 def test_slices_of_a_split(reviews: Path) -> None:
     assert load(reviews, path="json", data_files="reviews.jsonl", split="train[2:4]").rows == expected(EXAMPLES[2:4])
 
