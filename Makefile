@@ -12,9 +12,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 install: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml
-	@echo "installing into $(VENV): a few minutes and 2.3 GB the first time"
+	@echo "installing into $(VENV): a few minutes and 2.4 GB the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,peers]'
 	touch $@
 
 demo: $(STAMP)

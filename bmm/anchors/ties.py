@@ -2,7 +2,8 @@
 
 1. Trim: of each task vector keep the `density` share of largest magnitude, of the whole model (`scope:
    global`, as published) or of each tensor. Entries that tie with the smallest kept one are kept too; zeros
-   never are.
+   never are. Of `n` entries the nearest number to `density · n` is kept; mergekit (per tensor) keeps
+   `⌊density · n⌋`, fusion-bench (global) one more than that.
 2. Elect: each entry's sign is the sign of the sum of the trimmed task vectors.
 3. Merge: the mean (or sum) over the experts that kept the entry with that sign, times `scale`. Where the
    trimmed task vectors cancel exactly, no sign wins and the base's entry stays.

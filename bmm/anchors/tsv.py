@@ -11,7 +11,7 @@ Every other tensor gets `scale` times the mean of the task vectors. Where the pu
 only by rounding, this one is definite: experts that left a map alone claim no share of `T`; singular values
 below 1e-6 of the largest (float32 rounding of the stored weights) bring no directions; directions that the
 concatenated factor does not span stay out of its polar factor; with more experts than `r`, each keeps one
-triplet.
+triplet (the published code none).
 """
 
 from __future__ import annotations
