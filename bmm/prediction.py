@@ -19,14 +19,16 @@ from bmm.checkpoint.vocabulary import EXTRA, with_vocabulary
 from bmm.evaluation.data import Split
 from bmm.evaluation.metrics import Measured
 from bmm.evaluation.model import Prepared, TaskModel
-from bmm.evaluation.scores import CLASSIFICATION
 from bmm.evaluation.vocabulary import extend
 from bmm.kinds.registry import kind_of
-from bmm.kinds.settings import reading
+from bmm.kinds.settings import asking, reading
 from bmm.progress import progress
 from bmm.sources import Expert
 from bmm.stages.request import Work
 from bmm.store import Artefact, Draft
+
+HEAD = "head.safetensors"
+"""In an `expert` artefact: the head, where it is made from the base."""
 
 EncoderState = Mapping[str, torch.Tensor]
 
@@ -81,7 +83,7 @@ class Panel:
 
     def classes(self, task: str, split: str) -> list[int] | None:
         """Return the class id of every row of a split, None where a task's answers are not scores of classes."""
-        if kind_of(self._experts[task].task["kind"]).metrics is not CLASSIFICATION:
+        if not kind_of(self._experts[task].task["kind"]).classes:
             return None
         return [int(row.label) for row in self._split(task, split).rows]
 
@@ -140,9 +142,14 @@ class Panel:
             "encoder": encoder,
             "head": self._experts[task].model.digest,
             "reading": reading(self._experts[task].task),
+            "asking": [asking(self._experts[task].task), self._made_head(task)],
             "batch_size": self._batch_size,
             "rows": self._split(task, split).digest,
         }
+
+    def _made_head(self, task: str) -> str | None:
+        made: dict[str, Any] | None = self._artefacts[task].manifest["files"].get(HEAD)
+        return None if made is None else str(made["sha256"])
 
     def _split(self, task: str, split: str) -> Split:
         known = self._splits.get((task, split))
@@ -155,7 +162,7 @@ class Panel:
             expert = self._experts[task]
             with expert.model.open() as checkpoint:
                 model = build_model(checkpoint, expert, self._batch_size, self._layout)
-                model.load_head(head_tensors(checkpoint, self._layout, expert.name))
+                model.load_head(head_tensors(checkpoint, self._layout, expert.name, self._artefacts[task]))
             if self._models:
                 model.share_encoder(next(iter(self._models.values())))
             self._models[task] = model
@@ -182,7 +189,13 @@ def build_model(checkpoint: Checkpoint, expert: Expert, batch_size: int, layout:
     if layout.vocabulary is not None:
         config = with_vocabulary(config, layout.vocabulary)
     if expert.data:
-        model = kind.build(config, checkpoint.tokenizer_folder, reading(expert.task), batch_size, expert.name)
+        model = kind.build(
+            config,
+            checkpoint.tokenizer_folder,
+            {**reading(expert.task), **asking(expert.task)},
+            batch_size,
+            expert.name,
+        )
     else:
         # Without rows nothing that reads them, a tokenizer say, need be there.
         model = kind.bare(config, expert.name)
@@ -190,8 +203,19 @@ def build_model(checkpoint: Checkpoint, expert: Expert, batch_size: int, layout:
     return model
 
 
-def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:
-    """Return what travels with one expert's head, under its model's own names."""
+def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str, artefact: Artefact) -> dict[str, torch.Tensor]:
+    """Return what travels with one expert's head, under its model's own names.
+
+    Args:
+        checkpoint: the expert's.
+        layout: which of its tensors these are.
+        expert: its name.
+        artefact: the expert's `expert` artefact, which holds the head where it was made from the base.
+    """
+    made = artefact.path / HEAD
+    if made.is_file():
+        head: dict[str, torch.Tensor] = load_file(made)
+        return head
     tensors = {name: checkpoint.tensor(stored) for name, stored in layout.heads[expert].items()}
     own = own_rows(checkpoint, layout, expert)
     for name, rows in own.items():

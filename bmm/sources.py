@@ -17,13 +17,14 @@ from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.folder import check_writable
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.resolve import Resolved, resolve
+from bmm.checkpoint.shards import read_json_object
 from bmm.checkpoint.verified import fingerprint, open_checkpoint, open_verified
 from bmm.digest import digest_file
 from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
 from bmm.grams.published import PublishedGrams, find
 from bmm.grams.settings import ArtifactGrams
-from bmm.kinds.settings import DEFAULT_KIND, SPLITS, task_of
+from bmm.kinds.settings import DEFAULT_KIND, PROCESSOR, SPLITS, task_of
 from bmm.recipe import ExpertSource, Recipe
 
 
@@ -139,8 +140,8 @@ def fingerprint_model(source: str, folder: Path, where: str, base: Model | None 
 def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
     model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
     data: dict[str, Any] = {}
+    images: str | None = getattr(expert.task, "image", None)
     for split, source in expert.splits().items():
-        images = getattr(expert.task, "image", None)
         files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}", images=images)
         for path in files:
             check_allowed(path, f"the {split} data of the expert {expert.name}")
@@ -151,6 +152,9 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
             # The folder's name is the label.
             data[split]["names"] = [f"{path.parent.name}/{path.name}" for path in files]
     task = expert.task.model_dump(mode="json", exclude=SPLITS) if expert.task else _task_without_rows(expert, model)
+    if images is not None and not (Path(model.path) / PROCESSOR).is_file() and (Path(base.path) / PROCESSOR).is_file():
+        # Its images are read as the base's are; what the file says decides the results, not where it lies.
+        task["processor"] = read_json_object(Path(base.path) / PROCESSOR)
     return Expert(expert.name, model, task, data)
 
 

@@ -27,10 +27,14 @@ class Architecture:
     Attributes:
         auto_class: transformers' auto class ("AutoModelForSequenceClassification").
         noun: what messages call such a model ("text classifier").
+        whole: the model is its own encoder and has no head (a language model); its prefix is empty.
+        tower: the encoder is this part of a model of several towers ("vision"), and its head is made from the base.
     """
 
     auto_class: str
     noun: str
+    whole: bool = False
+    tower: str | None = None
 
     def prefix(self, config: dict[str, Any]) -> str:
         """Return the name under which such a model keeps its encoder ("bert", "roberta", "vit").
@@ -38,7 +42,20 @@ class Architecture:
         Raises:
             CheckpointError: the config names no model type, or one without such a model.
         """
-        return str(self.model_class(config).base_model_prefix)
+        if self.tower is not None and str(config.get("model_type")).endswith(f"_{self.tower}_model"):
+            # The tower alone, as some experts are stored.
+            return f"{self.tower}_model"
+        own = str(self.model_class(config).base_model_prefix)
+        if self.tower is not None:
+            return f"{self.tower}_model"
+        return "" if self.whole else own
+
+    def encoder_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of a config that describes the encoder."""
+        inner = config.get(f"{self.tower}_config")
+        if self.tower is None or inner is None:
+            return config
+        return {"model_type": f"{config.get('model_type')}_{self.tower}_model", **inner}
 
     def model_class(self, config: dict[str, Any]) -> Any:
         """Return the class that transformers has for a config.
@@ -70,7 +87,8 @@ class Architecture:
         """
         prefix = self.prefix(checkpoint.config)
         encoder = encoder_names(checkpoint, prefix)
-        present = {f"{prefix}.{name}" for name in encoder} | (set(checkpoint.names()) - set(encoder.values()))
+        start = "" if self.whole or self.tower is not None else f"{prefix}."
+        present = {f"{start}{name}" for name in encoder} | (set(checkpoint.names()) - set(encoder.values()))
         return sorted(names[0] for names in self._parameters(checkpoint) if present.isdisjoint(names))
 
     def tied(self, checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
@@ -83,8 +101,10 @@ class Architecture:
 
     def _parameters(self, checkpoint: Checkpoint) -> list[tuple[str, ...]]:
         """Return the names of each parameter, those of tied ones together."""
+        # Of a model of several towers only one counts.
+        auto_class = self.auto_class if self.tower is None else "AutoModel"
         try:
-            return _parameters(self.auto_class, canonical_json(checkpoint.config))
+            return _parameters(auto_class, canonical_json(self.encoder_config(checkpoint.config)))
         except Exception as error:
             # Each architecture checks its config in its own way, so any exception can mean an impossible value.
             raise CheckpointError(
@@ -114,12 +134,18 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
 
     Canonical is what transformers calls a parameter once the encoder is loaded, which for some architectures (ViT,
     DINOv2) is not what `save_pretrained` writes. A checkpoint without a single name under the prefix is stored
-    without it, as transformers takes it too: the tensors of the encoder's own parts are the encoder's.
+    without it, as transformers takes it too: the tensors of the encoder's own parts are the encoder's. An empty
+    prefix is a whole language model, whose canonical names keep the name of its inner model; where that one was saved
+    alone, they get it.
 
     Raises:
         CheckpointError: a tensor that transformers cuts or joins when it loads it.
     """
     names = checkpoint.names()
+    if not prefix:
+        own = f"{Architecture('AutoModelForCausalLM', 'language model').prefix(checkpoint.config)}."
+        bare = not any(name.startswith(own) for name in names)
+        return {f"{own}{name}" if bare else name: name for name in names}
     under = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
     rename, parts = _renaming(canonical_json(checkpoint.config))
     found = {}

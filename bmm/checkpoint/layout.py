@@ -155,7 +155,8 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
     prefix = _prefix(base, architectures)
     tokenizers = check_tokens(base, experts)
     for expert, checkpoint in experts.items():
-        _check_config(expert, checkpoint, base)
+        own, wanted = (architectures[expert].encoder_config(one.config) for one in (checkpoint, base))
+        _check_config(expert, own, wanted)
     tied = _tied(base, experts, architectures)
     base_names, copies = canonical_names(base, prefix, tied)
     expert_names: dict[str, dict[str, str]] = {}
@@ -186,8 +187,9 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             for expert in experts:
                 heads[expert][f"{prefix}.{name}"] = expert_names[expert][name]
     for expert, checkpoint in experts.items():
-        encoder = set(expert_names[expert].values()) | copied[expert]
-        heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
+        if architectures[expert].tower is None:
+            encoder = set(expert_names[expert].values()) | copied[expert]
+            heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
         if missing := architectures[expert].missing(checkpoint):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
@@ -268,7 +270,11 @@ def _own_rows(
 ) -> tuple[dict[str, dict[str, tuple[str, int, int]]], int | None]:
     """Return each expert's rows behind the base's vocabulary, and that vocabulary's size if any expert has another."""
     known = vocabulary_size(base.config)
-    if known is None or all(vocabulary_size(checkpoint.config) == known for checkpoint in experts.values()):
+    if known is None or all(
+        # A vision tower alone has no vocabulary.
+        vocabulary_size(checkpoint.config) in (None, known)
+        for checkpoint in experts.values()
+    ):
         return {}, None
     extra: dict[str, dict[str, tuple[str, int, int]]] = {}
     for expert, checkpoint in experts.items():
@@ -301,18 +307,18 @@ def _prefix(base: Checkpoint, architectures: Mapping[str, Architecture]) -> str:
     return next(iter(prefixes))
 
 
-def _check_config(expert: str, checkpoint: Checkpoint, base: Checkpoint) -> None:
-    own, wanted = checkpoint.config.get("model_type"), base.config["model_type"]
+def _check_config(expert: str, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    own, wanted = config.get("model_type"), base["model_type"]
     if own != wanted:
         raise CheckpointError(
             f"expert '{expert}' is a {own or 'model without a model_type'}, the base a {wanted}: "
             "experts must have been fine-tuned from the base"
         )
     for key in _DEFINING:
-        if key in checkpoint.config and key in base.config and checkpoint.config[key] != base.config[key]:
+        if key in config and key in base and config[key] != base[key]:
             raise CheckpointError(
-                f"expert '{expert}' has '{key}' {checkpoint.config[key]} in its config.json, the base "
-                f"{base.config[key]}: experts must have been fine-tuned from the base"
+                f"expert '{expert}' has '{key}' {config[key]} in its config.json, the base "
+                f"{base[key]}: experts must have been fine-tuned from the base"
             )
 
 

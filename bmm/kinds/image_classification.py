@@ -65,14 +65,14 @@ class ImageClassificationKind(Kind):
     ) -> TaskModel:
         """Build a classifier with its image processor."""
         module = build_module(config, self.architecture, task)
-        reader = ImageReader(folder, module.config, task)
+        reader = ImageReader(folder, module.config, task, reading.get("processor"))
         return TaskModel(task, module, self.architecture.prefix(dict(config)), batch_size, reader)
 
     @override
     def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
         """Return two grey images of the size that the image processor makes, or the model was made for."""
         if model.reader is None:
-            config = model.module.config
+            config = model.encoder.config
             size = getattr(config, "image_size", None) or _USUAL_SIZE
             height, width = (size, size) if isinstance(size, int) else size
             return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,11 @@ from torch import Tensor
 from bmm.errors import ArtefactDamagedError, CheckpointError, DataError
 from bmm.evaluation.data import Columns, Split
 from bmm.evaluation.tokens import quiet_transformers
+from bmm.kinds.settings import PROCESSOR
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Whose values a conversion to 8 bits a channel would cut off.
 _TOO_DEEP = ("I", "F")
-_PROCESSOR = "preprocessor_config.json"
 # Batches of a split are kept up to this size, so that a search does not decode and resize in every trial.
 _KEPT_BYTES = 256 * 2**20
 
@@ -120,13 +122,19 @@ class ImageReader:
         folder: where the image processor's file is.
         config: of the task's model.
         task: the expert's name, for messages.
+        said: what the file says, where the expert has none of its own and reads images as the base does.
 
     Raises:
         CheckpointError: the folder has no image processor, or none that transformers has.
     """
 
-    def __init__(self, folder: Path, config: Any, task: str) -> None:
-        self._processor = load_processor(folder)
+    def __init__(self, folder: Path, config: Any, task: str, said: Mapping[str, Any] | None = None) -> None:
+        if said is None:
+            self._processor = load_processor(folder)
+        else:
+            with tempfile.TemporaryDirectory(prefix="bmm-processor-") as place:
+                (Path(place) / PROCESSOR).write_text(json.dumps(dict(said)), encoding="utf-8")
+                self._processor = load_processor(Path(place))
         self._folder = folder
         self._config = config
         self._task = task
@@ -143,7 +151,7 @@ class ImageReader:
             expected = _expected_size(self._config)
             if expected is not None and expected != (height, width):
                 raise CheckpointError(
-                    f"{self._task}: {self._folder / _PROCESSOR} makes images of {height} x {width}, but the model "
+                    f"{self._task}: {self._folder / PROCESSOR} makes images of {height} x {width}, but the model "
                     f"takes {expected[0]} x {expected[1]}; correct size and crop_size in it"
                 )
         return prepared
@@ -199,9 +207,9 @@ def load_processor(folder: Path) -> Any:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    if not (folder / _PROCESSOR).is_file():
+    if not (folder / PROCESSOR).is_file():
         raise CheckpointError(
-            f"{folder} has no {_PROCESSOR}; save the image processor that the model was trained with there"
+            f"{folder} has no {PROCESSOR}; save the image processor that the model was trained with there"
         )
     try:
         with quiet_transformers():

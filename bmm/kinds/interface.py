@@ -28,6 +28,7 @@ class Kind(ABC):
     Attributes:
         name: the recipe's word for it.
         architecture: what transformers calls its models.
+        classes: whether a row's label is one class and `logits` are `(rows, classes)`.
         metrics: by the recipe's word, what its answers can be measured by; they take a row's `label`.
     """
 
@@ -35,13 +36,25 @@ class Kind(ABC):
     architecture: ClassVar[Architecture]
     metrics: ClassVar[Mapping[str, Metric]]
 
-    def labels(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """Return the expert's class names in the order of their ids.
+    classes: ClassVar[bool] = True
+
+    def labels(self, checkpoint: Checkpoint, task: Any) -> tuple[str, ...]:  # noqa: ARG002 - other kinds ask the task
+        """Return the expert's class names in the order of their ids; none where the task has no classes.
 
         Raises:
             CheckpointError: the configuration does not name them.
         """
         return class_names(checkpoint)
+
+    def make_head(self, base: Checkpoint, task: Any, where: str) -> dict[str, torch.Tensor] | None:  # noqa: ARG002
+        """Return a task's head under its model's own names, if it is made from the base; None if the expert has it.
+
+        Args:
+            base: the base checkpoint.
+            task: the recipe's settings of this kind.
+            where: the expert; begins every message.
+        """
+        return None
 
     @abstractmethod
     def load_split(self, source: SplitSource, task: Any, labels: Sequence[str], folder: Path, where: str) -> Split:
@@ -83,7 +96,8 @@ class Kind(ABC):
         Args:
             config: the expert's config.json.
             folder: where the expert's tokenizer or image processor is.
-            reading: the task's settings that decide how a row is read, from `bmm.kinds.settings.reading`.
+            reading: the task's settings that decide how a row is read, from `bmm.kinds.settings.reading`; and, for a
+                model that will answer, those of `asking`.
             batch_size: rows in one forward pass.
             task: the expert's name, for messages.
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 from bmm.kinds.image_classification import ImageClassificationKind
 from bmm.kinds.interface import Kind
 from bmm.kinds.text_classification import TextClassificationKind
+from bmm.kinds.text_regression import TextRegressionKind
+from bmm.kinds.zero_shot_image_classification import ZeroShotImageClassificationKind
 
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in (TextClassificationKind(), ImageClassificationKind())}
+_KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        TextClassificationKind(),
+        TextRegressionKind(),
+        ImageClassificationKind(),
+        ZeroShotImageClassificationKind(),
+    )
+}
 
 
 def kind_of(name: str) -> Kind:

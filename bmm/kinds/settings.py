@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter, field_validator
 
 from bmm.part import Part
 
 DEFAULT_KIND = "text-classification"
 SPLITS = {"calibration", "validation", "test"}
+# The file that says how images become pixel values.
+PROCESSOR = "preprocessor_config.json"
 
 
 class SplitSource(Part):
@@ -74,12 +76,55 @@ class ImageClassification(_Task):
     metric: ClassMetric = "accuracy"
 
 
+class TextRegression(_Task):
+    """One text (or pair of texts) a row and one number."""
+
+    kind: Literal["text-regression"]
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    max_length: int = Field(default=128, ge=4, description="tokens a row, longer rows are cut")
+    metric: Literal["pearson", "spearman"] = "pearson"
+
+
+class ZeroShotImageClassification(_Task):
+    """One image a row and one of the classes that are named here, compared with what the base makes of their names."""
+
+    kind: Literal["zero-shot-image-classification"]
+    image: str = Field(
+        default="image", description="the column of images, or of their paths relative to the recipe's folder"
+    )
+    label: str = "label"
+    classes: tuple[str, ...] = Field(min_length=2, description="what the classes are called, in the order of their ids")
+    templates: tuple[str, ...] = Field(
+        default=("a photo of a {}.",), min_length=1, description="sentences around a class's name, which replaces {}"
+    )
+    metric: ClassMetric = "accuracy"
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a class is named twice; give each its own name")
+        return value
+
+    @field_validator("templates")
+    @classmethod
+    def _with_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if odd := [template for template in value if "{}" not in template]:
+            raise ValueError(f"the template '{odd[0]}' has no {{}} where the class's name goes")
+        return value
+
+
 def _with_kind(value: Any) -> Any:
     return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
 
 
 Task = Annotated[
-    Annotated[TextClassification | ImageClassification, Field(discriminator="kind")],
+    Annotated[
+        TextClassification | TextRegression | ImageClassification | ZeroShotImageClassification,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_with_kind),
 ]
 
@@ -102,6 +147,8 @@ def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
 _NOT_READ = frozenset({"text", "text_pair", "label", "image", "metric"})
+# What is asked of a model beyond reading rows.
+_ASKED = frozenset({"classes", "templates"})
 
 
 def reading(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,5 +156,10 @@ def reading(task: Mapping[str, Any]) -> dict[str, Any]:
 
     Columns, splits and the metric are left out; a setting that is not known to be one of these is kept.
     """
-    left_out = _NOT_READ | SPLITS
+    left_out = _NOT_READ | _ASKED | SPLITS
     return {name: value for name, value in task.items() if name not in left_out}
+
+
+def asking(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task (as JSON) that decide what its model answers, once it has read a row."""
+    return {name: value for name, value in task.items() if name in _ASKED}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import save_file
 
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
@@ -18,7 +19,7 @@ from bmm.kinds.interface import Kind
 from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import Task
 from bmm.modules.linear import discover
-from bmm.prediction import build_model
+from bmm.prediction import HEAD, build_model
 from bmm.progress import progress
 from bmm.sources import Expert, Model
 from bmm.stages.request import Request, Work
@@ -52,19 +53,27 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
         references = {}
         with progress("reading rows", len(experts)) as bar:
             for expert, source in zip(experts, request.where["tasks"], strict=True):
-                references[expert.name] = _expert_artefact(work, expert, source, request, checkpoints[expert.name])
+                references[expert.name] = _expert_artefact(
+                    work, expert, source, request, checkpoints[expert.name], base_checkpoint, base.digest
+                )
                 bar.advance()
     return {"layout": layout.to_json(), "experts": references}
 
 
 def _expert_artefact(
-    work: Work, expert: Expert, source: Mapping[str, Any], request: Request, checkpoint: Checkpoint
+    work: Work,
+    expert: Expert,
+    source: Mapping[str, Any],
+    request: Request,
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    base_digest: str,
 ) -> dict[str, str]:
     task = TypeAdapter[Any](Task).validate_python(source)
     kind = kind_of(task.kind)
 
     def make(draft: Draft) -> None:
-        labels = kind.labels(checkpoint)
+        labels = kind.labels(checkpoint, task)
         splits = {
             name: kind.load_split(
                 split, task, labels, Path(request.where["folder"]), f"the expert {expert.name}, {name}"
@@ -74,6 +83,9 @@ def _expert_artefact(
         check_disjoint(f"the expert {expert.name}", splits)
         for name, split in splits.items():
             kind.write_split(split, draft.path, name)
+        head = kind.make_head(base, task, f"the expert {expert.name}")
+        if head is not None:
+            save_file(head, draft.path / HEAD)
         draft.write_json(
             "expert.json",
             {
@@ -86,6 +98,8 @@ def _expert_artefact(
         )
 
     inputs = {"model": expert.model.digest, "task": expert.task, "data": expert.data}
+    if kind.architecture.tower is not None:
+        inputs["base"] = base_digest
     return work.obtain("expert", inputs, make).to_json()
 
 

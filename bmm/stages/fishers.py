@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from bmm.anchors.settings import FisherSettings
+from bmm.errors import RecipeError
 from bmm.evaluation.fisher import diagonal_fisher
+from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import reading
 from bmm.prediction import build_model, head_tensors, read_split
 from bmm.progress import progress
@@ -32,15 +34,22 @@ def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: Fishe
     with setup.weights() as weights:
         floating = [name for name in names if weights.base(name).is_floating_point()]
         references = []
+        for expert in setup.experts:
+            if not kind_of(expert.task["kind"]).classes:
+                raise RecipeError(
+                    f"'fisher' needs the classes of a classification, but the expert {expert.name} is of the kind "
+                    f"{expert.task['kind']}; choose another anchor method, or leave fisher out of evaluation.compare"
+                )
         for index, expert in enumerate(setup.experts):
             split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
 
             def make(draft: Draft, index: int = index) -> None:
                 expert = setup.experts[index]
+                artefact = work.read(request.inputs["experts"][expert.name])
                 split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
                 with expert.model.open() as checkpoint:
                     model = build_model(checkpoint, expert, 1, setup.layout)
-                    model.load_head(head_tensors(checkpoint, setup.layout, expert.name))
+                    model.load_head(head_tensors(checkpoint, setup.layout, expert.name, artefact))
                 model.load_encoder({name: weights.expert(index, name) for name in names})
                 with progress(f"Fisher information of {expert.name}", len(split.rows)) as bar:
                     found = diagonal_fisher(

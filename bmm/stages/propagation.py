@@ -167,7 +167,7 @@ class _Walker:
         with first.model.open() as checkpoint:
             model = build_model(checkpoint, first, 1, self._setup.layout)
             # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
-            model.load_head(head_tensors(checkpoint, self._setup.layout, first.name))
+            model.load_head(head_tensors(checkpoint, self._setup.layout, first.name, self._data(first.name)))
         model.load_encoder(state)
         fill(model.encoder, self._own_rows[0])
         return model

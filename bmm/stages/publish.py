@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, torch_dtype
 from bmm.checkpoint.vocabulary import with_vocabulary
 from bmm.checkpoint.writer import write_weights
+from bmm.kinds.registry import kind_of
 from bmm.prediction import StoredWeights, head_tensors
 from bmm.sizes import parse_bytes
 from bmm.sources import Model
@@ -44,14 +46,17 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
             _write_weights(work, request, setup, base, draft.path)
             architecture = work.read(request.inputs["layout"]).read_json("modules.json")["architecture"]
             dtype = request.settings["dtype"]
-            draft.write_json("config.json", _config(base.config, architecture, dtype))
+            draft.write_json("config.json", _config(setup, base.config, architecture, dtype))
             _copy_support(base, setup.experts[0].model, draft.path)
-            (draft.path / "heads").mkdir()
             for expert in setup.experts:
                 checkpoint = stack.enter_context(expert.model.open())
-                head = head_tensors(checkpoint, setup.layout, expert.name)
+                artefact = work.read(request.inputs["experts"][expert.name])
+                head = head_tensors(checkpoint, setup.layout, expert.name, artefact)
+                if not head:
+                    continue
+                (draft.path / "heads").mkdir(exist_ok=True)
                 # One entry only: safetensors writes several in a random order.
-                config = checkpoint.config
+                config = _head_config(checkpoint.config, artefact.read_json("expert.json")["labels"])
                 if setup.layout.vocabulary is not None:
                     config = with_vocabulary(config, setup.layout.vocabulary)
                 metadata = {"config": json.dumps(config, sort_keys=True)}
@@ -69,7 +74,7 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
     merged = StoredWeights(work.read(Reference.from_json(request.inputs["search"])))
     wanted = DTYPES[request.settings["dtype"]]
     dtypes = published_dtypes(setup, wanted)
-    prefix = f"{setup.layout.prefix}."
+    kept, prefix = _kept(setup, base)
     # As the base's own file calls them, which is what every version of transformers reads.
     shared = {parameter.base_key.removeprefix(prefix): parameter for parameter in setup.layout.shared}
     by_name = {parameter.name: parameter for parameter in setup.layout.shared}
@@ -78,28 +83,49 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
     infos = [
         TensorInfo(name, parameter.shape, dtype_name(dtypes[parameter.name])) for name, parameter in shared.items()
     ]
-    # An encoder weight that no expert has (a pooler that their heads do without) stays the base's.
-    unused = {
-        key.removeprefix(prefix): key
-        for key in encoder_names(base, setup.layout.prefix).values()
-        if key in setup.layout.dropped and base.info(key).is_float
-    }
-    infos += [TensorInfo(name, base.info(key).shape, wanted or base.info(key).dtype) for name, key in unused.items()]
+    for name, key in kept.items():
+        info = base.info(key)
+        infos.append(TensorInfo(name, info.shape, wanted if wanted and info.is_float else info.dtype))
     infos.sort(key=lambda info: info.name)
     written = {info.name: torch_dtype(info.dtype) for info in infos}
 
     def get(name: str) -> Tensor:
-        return base.tensor(unused[name]).to(written[name]) if name in unused else merged(shared[name].name)
+        return base.tensor(kept[name]).to(written[name]) if name in kept else merged(shared[name].name)
 
     write_weights(folder, infos, get, parse_bytes(request.settings["max_shard_size"]))
 
 
-def _config(config: dict[str, Any], architecture: str, dtype: str) -> dict[str, Any]:
+def _kept(setup: Setup, base: Checkpoint) -> tuple[dict[str, str], str]:
+    """Return what is published as the base has it (published name -> stored name), and the prefix that is left out."""
+    if _tower(setup):
+        # The merged tower goes back into the whole model, whose other parts no expert has changed.
+        merged = {parameter.base_key for parameter in setup.layout.shared}
+        return {key: key for key in base.names() if key not in merged}, ""
+    prefix = f"{setup.layout.prefix}." if setup.layout.prefix else ""
+    # An encoder weight that no expert has (a pooler that their heads do without) stays the base's.
+    return {
+        key.removeprefix(prefix): key
+        for key in encoder_names(base, setup.layout.prefix).values()
+        if key in setup.layout.dropped and base.info(key).is_float
+    }, prefix
+
+
+def _tower(setup: Setup) -> bool:
+    return kind_of(setup.experts[0].task["kind"]).architecture.tower is not None
+
+
+def _config(setup: Setup, config: dict[str, Any], architecture: str, dtype: str) -> dict[str, Any]:
     kept = {name: value for name, value in config.items() if name not in _HEAD_KEYS and not name.startswith("_")}
     if dtype != "base":
         kept.pop("torch_dtype", None)
         kept["dtype"] = dtype
-    return {**kept, "architectures": [architecture]}
+    return kept if _tower(setup) else {**kept, "architectures": [architecture]}
+
+
+def _head_config(config: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """Return the expert's configuration, with the class names by which it was measured."""
+    named = {"id2label": {str(index): name for index, name in enumerate(labels)}} if labels else {}
+    return {**config, **named}
 
 
 def _copy_support(base: Checkpoint, fallback: Model, folder: Path) -> None:

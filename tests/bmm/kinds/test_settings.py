@@ -14,9 +14,9 @@ SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "in
 
 
 def test_each_kind_is_known_by_the_class_of_its_models() -> None:
-    assert {kind: f"AutoModel{ending}" for kind, ending in HEADS.items()} == {
-        name: kind.architecture.auto_class for name, kind in _KINDS.items()
-    }
+    for name, ending in HEADS.items():
+        assert kind_of(name).architecture.auto_class == f"AutoModel{ending}"
+    assert HEADS.keys() <= _KINDS.keys()
 
 
 @pytest.mark.parametrize(
