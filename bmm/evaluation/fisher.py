@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bmm.errors import RecipeError
 from bmm.evaluation.model import TaskModel
 from bmm.progress import Bar
 
@@ -36,6 +37,7 @@ def diagonal_fisher(
 
     Raises:
         FloatingPointError: a gradient is not finite.
+        RecipeError: the model does not answer one class a row.
     """
     stored: dict[str, Tensor] = model.encoder.state_dict(keep_vars=True)
     # Tied weights stand under several names and are one parameter.
@@ -48,7 +50,13 @@ def diagonal_fisher(
         for tensor in wanted:
             tensor.requires_grad_(True)
         for place, batch in zip(prepared.order, prepared.batches(1), strict=True):
-            logs = model.module(**batch, return_dict=True).logits[0].log_softmax(-1)
+            logits = model.module(**batch, return_dict=True).logits
+            if logits.ndim != 2 or logits.shape[1] < 2:
+                raise RecipeError(
+                    f"the method 'fisher' needs experts that answer one class a row, which {model.task} does not; "
+                    "choose another method"
+                )
+            logs = logits[0].log_softmax(-1)
             for label, share in _weighted(logs.detach(), labels, rows[place].label, float(draws[place])):
                 gradients = torch.autograd.grad(logs[label], wanted, retain_graph=True, allow_unused=True)
                 for key, gradient in zip(sums, gradients, strict=True):

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bmm.errors import RecipeError
 from bmm.evaluation.fisher import Labels, diagonal_fisher
 from bmm.evaluation.model import TaskModel
 from bmm.kinds.text_classification import TextClassificationKind
@@ -103,6 +104,12 @@ def test_the_model_stays_as_it_was_and_every_row_is_counted(pico: Pico) -> None:
     assert bar.steps == len(ROWS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.module.parameters())
+
+
+def test_a_model_that_answers_no_class_is_refused(pico: Pico) -> None:
+    model = loaded(pico("bert", num_labels=1))
+    with pytest.raises(RecipeError, match="'fisher' needs experts that answer one class a row, which reviews does not"):
+        diagonal_fisher(model, ROWS, model.encoder_names(), labels="data", seed=0, bar=Count())
 
 
 def test_a_gradient_that_is_not_finite_is_named(pico: Pico) -> None:
