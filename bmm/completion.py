@@ -15,6 +15,10 @@ from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings, Hyb
 from bmm.regression.settings import RegressionSettings
 from bmm.search.settings import SearchSettings
 
+# Measured without any data, share of the experts' mean, λ = 0.01, 0.1, 1 against the evidence by type: four text tasks
+# of 428 rows 98.2, 98.1, 97.4 against 98.3 (TSV-M anchor) and 97.9, 98.2, 97.9 against 97.2 (WUDI); four image tasks of
+# 400 rows 93.7, 94.8, 94.3 against 94.8 (TSV-M). About ±1 each: the number is never far from the best, the evidence is
+# once, since it trusts an anchor that explains the experts' weights well (WUDI's) nearly altogether.
 DATA_FREE_LAMBDA = 0.1
 
 
