@@ -115,7 +115,7 @@ def decompose(gram_sum: Tensor, *, where: str) -> Spectrum:
     if float((gram - gram.T).abs().max()) > _ASYMMETRY * largest:
         raise BMMError(f"the Gram matrix of {where} is not symmetric; collect it again")
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    if float(values[0]) < -_NEGATIVE * largest:
+    if float(values[0]) < -_NEGATIVE * float(values[-1].abs()):
         raise BMMError(f"the Gram matrix of {where} has a negative eigenvalue; collect it again")
     return Spectrum(vectors, values.clamp(min=0), float(gram.diagonal().sum()))
 
