@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
@@ -65,9 +66,13 @@ class Assembler:
     Args:
         problems: the maps to solve.
         anchor: gives the anchor's tensor by canonical name, for the rest of a parameter that holds several matrices.
+        walked: by map, the `λ` with which a walk through the network went on.
     """
 
-    def __init__(self, problems: Sequence[Problem], anchor: TensorOf) -> None:
+    def __init__(
+        self, problems: Sequence[Problem], anchor: TensorOf, walked: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        self.walked = walked
         self._problems = {problem.map.module: problem for problem in problems}
         self._anchor = anchor
         self._members: dict[str, list[str]] = {}
@@ -168,7 +173,11 @@ def module_wise(
 
 
 def propagated(
-    maps: Sequence[LinearMap], weights: ExpertWeights, anchor: TensorOf, moments: Callable[[str], Moments]
+    maps: Sequence[LinearMap],
+    weights: ExpertWeights,
+    anchor: TensorOf,
+    moments: Callable[[str], Moments],
+    walked: Mapping[str, float] = MappingProxyType({}),
 ) -> Assembler:
     """Return the assembler of weights and biases regressed on what the merged model itself reads.
 
@@ -177,6 +186,7 @@ def propagated(
         weights: base and experts.
         anchor: gives the anchor's tensor by canonical name.
         moments: gives the moments by input group.
+        walked: by map, the `λ` with which the walk went on.
     """
     problems = []
     groups = _by_group(maps)
@@ -190,7 +200,7 @@ def propagated(
                 evidence = Evidence(posterior, found.error(map_.module, mean), sum(found.rows))
                 problems.append(Problem(map_, posterior, map_.matrix(weights.base), evidence))
             bar.advance()
-    return Assembler(problems, anchor)
+    return Assembler(problems, anchor, walked)
 
 
 def _by_group(maps: Sequence[LinearMap]) -> dict[str, list[LinearMap]]:

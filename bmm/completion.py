@@ -118,9 +118,16 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
             )
         if not search.trials:
             raise ValueError("'regression.lambda': it cannot be searched without trials; raise search.trials")
+    update: dict[str, Any] = {}
+    if regression.strength == "held-out":
+        if regression.mode != "propagated":
+            raise ValueError("'regression.lambda': held-out is for propagated regression; set the mode, or a number")
+        if "per" not in search.model_fields_set:
+            # Every map has chosen its own.
+            update["per"] = "module"
     if not trials_said and (fixed or not validation):
-        return search.model_copy(update={"trials": 0})
-    return search
+        update["trials"] = 0
+    return search.model_copy(update=update)
 
 
 def _strength(said: Choices) -> RegressionSettings:
@@ -128,8 +135,8 @@ def _strength(said: Choices) -> RegressionSettings:
     if not said.search.trials and "strength" not in regression.model_fields_set:
         walked = regression.mode == "propagated"
         regression = _changed(regression, strength=regression.walk_lambda if walked else DATA_FREE_LAMBDA)
-    number = isinstance(regression.strength, float | int)
-    if number and regression.mode == "propagated" and "walk_lambda" not in regression.model_fields_set:
+    of_the_walk = isinstance(regression.strength, float | int) or regression.strength == "held-out"
+    if of_the_walk and regression.mode == "propagated" and "walk_lambda" not in regression.model_fields_set:
         regression = _changed(regression, walk_lambda=regression.strength)
     return regression
 

@@ -144,4 +144,5 @@ class Requests:
         else:
             # No row is read.
             del given["experts"]
-        return self._request("search", results, given, settings)
+        where = {"cluster": self.recipe.cluster.model_dump(mode="json")}
+        return self._request("search", results, given, settings, where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, LocalCluster, as_completed
 
@@ -17,6 +17,7 @@ from bmm.progress import Bar
 from bmm.recipe import ClusterSettings
 
 _CONNECT_SECONDS = 20
+Answer = TypeVar("Answer")
 
 
 @contextmanager
@@ -55,31 +56,61 @@ def workers(settings: ClusterSettings) -> Iterator[Client]:
         yield client
 
 
+def worker_count(client: Client) -> int:
+    """Return how many workers the cluster has now, waiting for the first one."""
+    try:
+        client.wait_for_workers(1, timeout=_CONNECT_SECONDS)
+    except TimeoutError as error:
+        raise ClusterError("the Dask scheduler has no workers; start some, or remove cluster.scheduler") from error
+    return len(_addresses(client))
+
+
 def run_all(
-    client: Client, function: Callable[[dict[str, Any]], dict[str, Any]], requests: Sequence[dict[str, Any]], bar: Bar
-) -> list[dict[str, Any]]:
+    client: Client,
+    function: Callable[[dict[str, Any]], Answer],
+    requests: Sequence[dict[str, Any]],
+    bar: Bar | None = None,
+    *,
+    at_home: bool = False,
+) -> list[Answer]:
     """Run `function` on every request and return the answers in the requests' order.
 
     A worker that dies has its requests run again elsewhere (three deaths of one request are too many), so `function`
     must be pure and must name what it writes by its content.
 
+    Args:
+        client: of the cluster.
+        function: what workers do.
+        requests: what they are asked, plain values.
+        bar: advanced by one for each answer.
+        at_home: ask the same worker at the same place each time, while it lives: it may have kept something.
+
     Raises:
         ClusterError: a request killed every worker that tried it.
         BMMError: whatever of ours `function` raised.
     """
-    futures = [client.submit(function, request, pure=False, retries=0) for request in requests]
+    homes = _addresses(client) if at_home else []
+    futures = []
+    for index, request in enumerate(requests):
+        home = {"workers": [homes[index % len(homes)]], "allow_other_workers": True} if homes else {}
+        futures.append(client.submit(function, request, pure=False, retries=0, **home))
     place = {future.key: index for index, future in enumerate(futures)}
-    answers: list[dict[str, Any]] = [{} for _ in requests]
+    answers: dict[int, Answer] = {}
     try:
         for future in as_completed(futures):
             answers[place[future.key]] = future.result()
-            bar.advance()
+            if bar is not None:
+                bar.advance()
     except KilledWorker as error:
         raise ClusterError(
-            "a shard of the Gram matrices killed every worker that tried it (out of memory?); "
-            "raise cluster.memory_limit or lower grams.shard_rows"
+            "a piece of work killed every worker that tried it (out of memory?); "
+            "raise cluster.memory_limit, or lower grams.shard_rows or the calibration rows"
         ) from error
     except BMMError:
         client.cancel(futures)
         raise
-    return answers
+    return [answers[index] for index in range(len(requests))]
+
+
+def _addresses(client: Client) -> list[str]:
+    return sorted(client.scheduler_info(n_workers=-1)["workers"])

@@ -103,6 +103,14 @@ class TaskSums:
             self._power[name] += target.square().sum(0, dtype=torch.float64)
         self._rows += len(rows)
 
+    def include(self, other: TaskSums) -> None:
+        """Add the sums over other rows of the same task."""
+        self._gram += other._gram
+        for name in self._cross:
+            self._cross[name] += other._cross[name]
+            self._power[name] += other._power[name]
+        self._rows += other._rows
+
     def moments(self) -> Moments:
         """Return the sums over the number of rows.
 

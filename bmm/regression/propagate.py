@@ -45,6 +45,7 @@ class Walk:
         load_expert: `(task, prefix)` copies one expert's weights below a module prefix into `expert`.
         batches: for each task, the inputs of the forward passes over its calibration rows.
         maps: the maps to regress, in firing order.
+        held_out: for each task, how many of its batches, the last ones, hold rows that are kept out of the solve.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Walk:
         load_expert: Callable[[int, str], None],
         batches: Sequence[Sequence[Batch]],
         maps: Sequence[LinearMap],
+        held_out: Sequence[int] | None = None,
     ) -> None:
         self._merged = merged
         self._expert = expert
@@ -64,6 +66,7 @@ class Walk:
                 config.use_cache = False
         self._load_expert = load_expert
         self._tasks = [[_Step(batch) for batch in task] for task in batches]
+        self._held_out = held_out
         self.units = units_of(maps)
         self._by_module = {map_.module: map_ for map_ in maps}
         self._layers = self._chain()
@@ -75,10 +78,10 @@ class Walk:
         """The layers, if they are a chain; with none, every pass begins at the network's own beginning."""
         return self._layers
 
-    def moments(self, unit: str, group: str, advance: Callable[[], None] = lambda: None) -> list[Moments]:
+    def moments(self, unit: str, group: str) -> list[tuple[Moments, ...]]:
         """Return one group's moments for each task; groups of a unit are asked for in order, each solved by `apply`.
 
-        `advance` is called after each batch.
+        Of all rows; where some are held out, then of the rows to solve on and of those held out.
         """
         place = next(found for found in self.units if found.name == unit)
         if self._asked != unit:
@@ -86,12 +89,15 @@ class Walk:
             self._asked = unit
         members = place.groups[group]
         found = []
-        for steps in self._tasks:
-            sums = TaskSums(members)
-            for step in steps:
-                sums.add(*self._rows(place, members, step))
-                advance()
-            found.append(sums.moments())
+        for task, steps in enumerate(self._tasks):
+            everything, fit, held_out = (TaskSums(members) for _ in range(3))
+            last = len(steps) - (0 if self._held_out is None else self._held_out[task])
+            for index, step in enumerate(steps):
+                (fit if index < last else held_out).add(*self._rows(place, members, step))
+            apart = () if self._held_out is None else (fit.moments(), held_out.moments())
+            everything.include(fit)
+            everything.include(held_out)
+            found.append((everything.moments(), *apart))
         return found
 
     def apply(self, module: str, solution: Tensor) -> None:

@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Rule = Literal["search", "evidence"]
-"""Ways to find a prior strength: on the validation rows, or by the marginal likelihood, without rows."""
+Rule = Literal["search", "evidence", "held-out"]
+"""Ways to find a prior strength: on the validation rows; by the marginal likelihood, without rows; in propagated mode,
+by the error on calibration rows held out of the solve, without an evaluation."""
 
 Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+DEFAULT_LAMBDA = 0.1
 
 
 class RegressionSettings(BaseModel):
@@ -27,13 +30,13 @@ class RegressionSettings(BaseModel):
         default="search",
         alias="lambda",
         description="the prior's strength: search (on the validation rows), evidence (the most probable for each "
-        "group, without rows), a number, or a number for each group of search.per; without a search, a number",
+        "group, without rows), held-out (for each map the one that errs least on a quarter of the calibration rows, "
+        "held out of the solve), a number, or a number for each group of search.per; without a search, a number",
     )
-    walk_lambda: float = Field(
-        default=0.1,
-        gt=0,
-        description="of the walk through the network in propagated mode, before the search; lambda where that is a "
-        "number",
+    walk_lambda: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["held-out"] = Field(
+        default=DEFAULT_LAMBDA,
+        description="of the walk through the network in propagated mode, before the search: one for every map, or "
+        "held-out, for each map its own (see lambda); lambda where that is not searched",
     )
 
     @field_validator("strength", mode="before")

@@ -1,190 +1,227 @@
 """The walk of propagated regression as artefacts, one for each layer: a kill costs the layer in work.
 
-Part of the search stage, which needs the moments; the walk itself is `bmm.regression.propagate`.
+Part of the search stage, which needs the moments. Here groups are solved and the tasks' moments summed, in the
+recipe's order; what the tasks' models do meanwhile is `bmm.stages.walk_part`, in Dask workers where there are several,
+and the walk itself is `bmm.regression.propagate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from distributed import Client
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bmm.evaluation.model import TaskModel
-from bmm.evaluation.vocabulary import fill, joined, shifted
+from bmm.digest import digest_json
+from bmm.grams.cluster import run_all, worker_count, workers
 from bmm.kinds.settings import reading
-from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
-from bmm.progress import progress
+from bmm.modules.linear import LinearMap
+from bmm.prediction import StoredWeights
+from bmm.progress import Bar, progress
+from bmm.recipe import ClusterSettings
+from bmm.regression.held_out import best_lambda
 from bmm.regression.moments import Moments, total, trusted
-from bmm.regression.propagate import Walk
+from bmm.regression.settings import DEFAULT_LAMBDA
 from bmm.regression.units import Unit, units_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
-from bmm.store import Artefact, Draft
-from bmm.weights import ExpertWeights
+from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file
+from bmm.store import Artefact, Draft, Reference
 
-WALK_VERSION = 3
-_FILE = "moments.safetensors"
+WALK_VERSION = 4
+_MOMENTS = "moments.safetensors"
 
 
-def walk_moments(
-    work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights
-) -> Callable[[str], Moments]:
-    """Walk through the network, layer by layer, and return the moments by input group.
+@dataclass(frozen=True)
+class Walked:
+    """What a walk leaves behind.
 
-    Layers that an earlier, killed run has finished are taken from the store.
+    Attributes:
+        moments: gives the moments of an input group.
+        lambdas: by map, the `λ` that it was solved with on the way.
     """
-    lam = request.settings["regression"]["walk_lambda"]
+
+    moments: Callable[[str], Moments]
+    lambdas: Mapping[str, float]
+
+
+def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) -> Walked:
+    """Walk through the network, layer by layer.
+
+    Layers that an earlier, killed run has finished are taken from the store; with all of them there, no model is
+    built and no worker starts.
+
+    Raises:
+        ClusterError: the Dask workers failed for good.
+    """
+    place: dict[str, Artefact] = {}
+    lambdas: dict[str, float] = {}
+    done: list[Reference] = []
+    units = units_of(setup.regressed)
+    inputs, settings = _identity(work, request, setup)
+    groups = sum(len(unit.groups) for unit in units)
+    with ExitStack() as stack, progress("walking through the layers", groups * len(setup.experts)) as bar:
+        walker = _Walker(work, request, setup, anchored, digest_json([inputs, settings]), stack, bar)
+        for unit in units:
+
+            def make(draft: Draft, unit: Unit = unit) -> None:
+                walker.solve_unit(draft, unit, done)
+
+            made = work.made
+            reference = work.obtain(
+                "walk", {**inputs, "unit": unit.name}, make, settings=settings, version=WALK_VERSION
+            )
+            if work.made == made:
+                bar.advance(len(unit.groups) * len(setup.experts))
+            artefact = work.read(reference)
+            done.append(reference)
+            place |= dict.fromkeys(unit.groups, artefact)
+            lambdas |= artefact.read_json("unit.json")["lambdas"]
+
+    members = _members(setup.regressed)
+    return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas)
+
+
+def read_moments(artefact: Artefact, group: str, modules: Sequence[str]) -> Moments:
+    """Return the moments of one input group."""
+    with safe_open(artefact.file(_MOMENTS), framework="pt") as handle:
+        cross, power = (
+            {module: handle.get_tensor(f"{group}:{kind}:{module}") for module in modules} for kind in ("cross", "power")
+        )
+        rows = tuple(artefact.read_json("unit.json")["rows"][group])
+        return Moments(handle.get_tensor(f"{group}:gram"), cross, power, rows)
+
+
+def _identity(work: Work, request: Request, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what decides a walk: inputs and settings."""
     inputs = {name: request.inputs[name] for name in ("base", "models", "layout", "anchor")}
     inputs["calibration"] = {
         expert.name: work.read(request.inputs["experts"][expert.name]).read_json("expert.json")["splits"]["calibration"]
         for expert in setup.experts
     }
     settings = {
-        "lambda": lam,
+        "lambda": request.settings["regression"]["walk_lambda"],
         "batch_size": request.settings["batch_size"],
         "reading": [reading(expert.task) for expert in setup.experts],
     }
-    walk = _Walker(work, request, setup, weights, anchored)
-    place: dict[str, Artefact] = {}
-    with progress("walking through the layers", walk.steps) as bar:
-        for unit in walk.units:
-
-            def make(draft: Draft, unit: Unit = unit) -> None:
-                tensors: dict[str, torch.Tensor] = {}
-                rows = {}
-                for group in unit.groups:
-                    moments = total(walk.ready().moments(unit.name, group, bar.advance))
-                    tensors |= {f"{group}:{name}": tensor for name, tensor in moments.tensors().items()}
-                    rows[group] = moments.rows
-                    walk.solve(unit, group, moments, lam)
-                save_file(tensors, draft.path / _FILE)
-                draft.write_json("rows.json", rows)
-
-            made = work.made
-            reference = work.obtain(
-                "walk", {**inputs, "unit": unit.name}, make, settings=settings, version=WALK_VERSION
-            )
-            artefact = work.read(reference)
-            place |= dict.fromkeys(unit.groups, artefact)
-            walk.finish(unit, artefact, replay=work.made == made, lam=lam)
-
-    return lambda group: read_moments(place[group], group, walk.members(group))
+    return inputs, settings
 
 
-def read_moments(artefact: Artefact, group: str, modules: list[str]) -> Moments:
-    """Return the moments of one input group."""
-    with safe_open(artefact.file(_FILE), framework="pt") as handle:
-        cross, power = (
-            {module: handle.get_tensor(f"{group}:{kind}:{module}") for module in modules} for kind in ("cross", "power")
-        )
-        rows = tuple(artefact.read_json("rows.json")[group])
-        return Moments(handle.get_tensor(f"{group}:gram"), cross, power, rows)
+def _members(maps: Sequence[LinearMap]) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for map_ in maps:
+        members.setdefault(map_.input_group, []).append(map_.module)
+    return members
 
 
 class _Walker:
-    """A walk whose models are built when the first unit has to be computed, and kept up with units that need not be."""
+    """Asks the shares of a walk for moments, and solves; workers start when the first unit has to be computed."""
 
     def __init__(
-        self, work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights
+        self,
+        work: Work,
+        request: Request,
+        setup: Setup,
+        anchored: StoredWeights,
+        identity: str,
+        stack: ExitStack,
+        bar: Bar,
     ) -> None:
         self._work = work
         self._request = request
-        self._setup = setup
-        self._weights = weights
         self._anchored = anchored
-        self._walk: Walk | None = None
-        self._behind: list[tuple[Unit, Artefact, float]] = []
-        self.units = units_of(setup.regressed)
+        self._identity = identity
+        self._lambda = request.settings["regression"]["walk_lambda"]
+        self._cluster = ClusterSettings.model_validate(request.where["cluster"])
+        self._experts = len(setup.experts)
+        self._stack = stack
+        self._bar = bar
+        self._client: Client | None = None
+        self._shares: list[tuple[int, ...]] = []
 
-    @property
-    def steps(self) -> int:
-        """Number of batches that the whole walk looks at."""
-        rows = [len(read_split(self._data(expert.name), "calibration")) for expert in self._setup.experts]
-        size: int = self._request.settings["batch_size"]
-        return sum(-(-count // size) for count in rows) * sum(len(unit.groups) for unit in self.units)
+    def solve_unit(self, draft: Draft, unit: Unit, done: Sequence[Reference]) -> None:
+        """Solve the groups of one unit in order, and write moments and solutions."""
+        self._start()
+        tensors: dict[str, torch.Tensor] = {}
+        solutions: dict[str, torch.Tensor] = {}
+        lambdas: dict[str, float] = {}
+        rows: dict[str, tuple[int, ...]] = {}
+        folder = draft.progress
+        folder.mkdir(parents=True, exist_ok=True)
+        for place, group in enumerate(unit.groups):
+            parts = self._ask(unit, group, list(unit.groups)[:place], folder, done)
+            found = {}
+            everything, *folds = (trusted(total(fold), unit.groups[group]) for fold in parts)
+            spectrum = everything.spectrum(f"the input of {group}")
+            for map_ in unit.groups[group]:
+                anchor = map_.matrix(self._anchored)
+                lam = self._lambda if not folds else _chosen(folds, map_, anchor)
+                lambdas[map_.module] = lam
+                mean = everything.posterior(spectrum, map_.module, anchor).mean(lam)
+                found[map_.module] = mean.to(torch.float32).contiguous()
+            save_file(found, solution_file(folder, place))
+            solutions |= found
+            tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
+            rows[group] = everything.rows
+        save_file(tensors, draft.path / _MOMENTS)
+        save_file(solutions, draft.path / SOLUTIONS)
+        draft.write_json("unit.json", {"name": unit.name, "rows": rows, "lambdas": lambdas})
 
-    def members(self, group: str) -> list[str]:
-        """Return the modules that read one input."""
-        return [map_.module for map_ in self._setup.regressed if map_.input_group == group]
-
-    def ready(self) -> Walk:
-        """Return the walk, standing before the first unit that is not finished."""
-        if self._walk is None:
-            self._walk = self._start()
-        for unit, artefact, lam in self._behind:
-            self._replay(self._walk, unit, artefact, lam)
-        self._behind.clear()
-        return self._walk
-
-    def solve(self, unit: Unit, group: str, moments: Moments, lam: float) -> None:
-        """Give the merged model the solution of one group."""
-        self._solve(self.ready(), unit, group, moments, lam)
-
-    def finish(self, unit: Unit, artefact: Artefact, *, replay: bool, lam: float) -> None:
-        """Go past a unit: at once if it was computed just now, else when somebody needs to stand behind it."""
-        if replay:
-            self._behind.append((unit, artefact, lam))
+    def _start(self) -> None:
+        if self._shares:
+            return
+        count = 1
+        if self._cluster.scheduler is not None or min(self._cluster.workers, self._experts) > 1:
+            self._client = client = self._stack.enter_context(workers(self._cluster))
+            count = min(worker_count(client), self._experts)
+            self._stack.callback(client.run, forget, self._identity, on_error="ignore")
         else:
-            self.ready().advance(unit.name)
+            self._stack.callback(forget, self._identity)
+        bounds = [self._experts * share // count for share in range(count + 1)]
+        self._shares = [tuple(range(low, high)) for low, high in itertools.pairwise(bounds)]
 
-    def _replay(self, walk: Walk, unit: Unit, artefact: Artefact, lam: float) -> None:
-        for group in unit.groups:
-            self._solve(walk, unit, group, read_moments(artefact, group, self.members(group)), lam)
-        walk.advance(unit.name)
+    def _ask(
+        self, unit: Unit, group: str, solved: Sequence[str], folder: Path, done: Sequence[Reference]
+    ) -> list[list[Moments]]:
+        """Return the tasks' moments of one group in the recipe's order: of all rows, then of each fold."""
+        requests = [
+            vars(
+                PartRequest(
+                    walk=self._identity,
+                    request=self._request.to_json(),
+                    store=str(self._work.store.root),
+                    tasks=share,
+                    done=tuple(reference.to_json() for reference in done),
+                    unit=unit.name,
+                    solved=tuple(solved),
+                    folder=str(folder.resolve()),
+                    group=group,
+                    held_out=self._lambda == "held-out",
+                )
+            )
+            for share in self._shares
+        ]
+        answers: Sequence[list[tuple[Moments, ...]]]
+        if self._client is None:
+            answers = [part_moments(values) for values in requests]
+        else:
+            # Each share where its activations are, for as long as that worker lives.
+            answers = run_all(self._client, part_moments, requests, at_home=True)
+        self._bar.advance(self._experts)
+        tasks = [moments for answer in answers for moments in answer]
+        return [list(fold) for fold in zip(*tasks, strict=True)]
 
-    def _solve(self, walk: Walk, unit: Unit, group: str, moments: Moments, lam: float) -> None:
-        moments = trusted(moments, unit.groups[group])
-        spectrum = moments.spectrum(f"the input of {group}")
-        for map_ in unit.groups[group]:
-            posterior = moments.posterior(spectrum, map_.module, map_.matrix(self._anchored))
-            walk.apply(map_.module, posterior.mean(lam))
 
-    def _start(self) -> Walk:
-        merged = self._model(self._anchored.state())
-        expert = self._model(self._anchored.state())
-        parameters = dict(expert.encoder.named_parameters())
-
-        def load_expert(index: int, prefix: str) -> None:
-            with torch.no_grad():
-                for name in self._weights.names():
-                    if name in parameters and name.startswith(f"{prefix}." if prefix else ""):
-                        parameters[name].copy_(self._weights.expert(index, name))
-
-        batches = []
-        size = self._request.settings["batch_size"]
-        for index, source in enumerate(self._setup.experts):
-            with source.model.open() as checkpoint:
-                model = build_model(checkpoint, source, size, self._setup.layout)
-            rows = read_split(self._data(source.name), "calibration").rows
-            batches.append([self._placed(batch, index) for batch in model.batches(model.prepare(rows))])
-        return Walk(merged.encoder, expert.encoder, load_expert, batches, self._setup.regressed)
-
-    def _model(self, state: Mapping[str, torch.Tensor]) -> TaskModel:
-        first = self._setup.experts[0]
-        with first.model.open() as checkpoint:
-            model = build_model(checkpoint, first, 1, self._setup.layout)
-            # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
-            model.load_head(head_tensors(checkpoint, self._setup.layout, first.name, self._data(first.name)))
-        model.load_encoder(state)
-        fill(model.encoder, self._own_rows[0])
-        return model
-
-    @cached_property
-    def _own_rows(self) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """The rows of all experts' own tokens, in one table, since one model here runs the rows of all experts."""
-        prefix, tables = f"{self._setup.layout.prefix}.", []
-        for expert in self._setup.experts:
-            with expert.model.open() as checkpoint:
-                own = own_rows(checkpoint, self._setup.layout, expert.name)
-            tables.append({name.removeprefix(prefix): rows for name, rows in own.items() if name.startswith(prefix)})
-        return joined(tables)
-
-    def _placed(self, batch: Mapping[str, torch.Tensor], expert: int) -> Mapping[str, torch.Tensor]:
-        vocabulary = self._setup.layout.vocabulary
-        return batch if vocabulary is None else shifted(batch, vocabulary, self._own_rows[1][expert])
-
-    def _data(self, expert: str) -> Artefact:
-        return self._work.read(self._request.inputs["experts"][expert])
+def _chosen(folds: Sequence[Moments], map_: LinearMap, anchor: torch.Tensor) -> float:
+    """Return the `λ` that errs least on the rows held out."""
+    fit, held_out = folds
+    if not any(fit.rows) or not any(held_out.rows):
+        return DEFAULT_LAMBDA
+    return best_lambda(fit, held_out, fit.spectrum(f"the input of {map_.input_group}"), map_.module, anchor)

@@ -28,7 +28,7 @@ from bmm.search.space import Setting
 from bmm.sources import Model
 from bmm.stages.anchor import published_dtypes
 from bmm.stages.panel import panel_of
-from bmm.stages.propagation import walk_moments
+from bmm.stages.propagation import walk
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.search import DTYPES, assembler_of, gram_readers, module_groups
 from bmm.stages.setup import setup_of
@@ -133,7 +133,7 @@ class Draws:
     def _measured(self) -> dict[str, Noise]:
         with self._setup.weights() as weights:
             if self._request.settings["regression"]["mode"] == "propagated":
-                moments = walk_moments(self._work, self._request, self._setup, weights, self._anchored)
+                moments = walk(self._work, self._request, self._setup, self._anchored).moments
                 return propagated_noise(self._assembler, self._settings, moments)
             grams = gram_readers(self._work, self._request, self._setup)
             if any(reader.provenance.get("source") == "task-vectors" for reader in grams):

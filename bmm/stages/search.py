@@ -24,7 +24,7 @@ from bmm.search.space import ModulePlace, Per, Setting, Space, groups_of
 from bmm.search.study import Study
 from bmm.stages.anchor import published_dtypes, write_state
 from bmm.stages.panel import expert_predictions, panel_of
-from bmm.stages.propagation import walk_moments
+from bmm.stages.propagation import walk
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.stages.strength import check_groups, described, settings_without_search
@@ -71,7 +71,9 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
             chosen, told = _searched(request, settings, draft, objective, assembler)
         else:
             assembler = assembler_of(work, request, setup, weights, anchored)
-            chosen = settings_without_search(strength, groups, assembler.evidence, settings.log10_lambda)
+            chosen = settings_without_search(
+                strength, groups, assembler.evidence, assembler.walked, settings.log10_lambda
+            )
             told = _without_search(settings, strength, chosen)
         _write_best(draft, setup, assembler, weights, anchor.read_json("treatments.json"), groups, chosen, rest, dtype)
         draft.write_json("search.json", told)
@@ -232,7 +234,8 @@ def assembler_of(
 ) -> Assembler:
     """Return the assembler of the maps that the request of a search asks for."""
     if request.settings["regression"]["mode"] == "propagated":
-        return propagated(setup.regressed, weights, anchored, walk_moments(work, request, setup, weights, anchored))
+        walked = walk(work, request, setup, anchored)
+        return propagated(setup.regressed, weights, anchored, walked.moments, walked.lambdas)
     grams = gram_readers(work, request, setup)
     return module_wise(
         setup.regressed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,14 +42,16 @@ def settings_without_search(
     strength: Any,
     groups: Mapping[str, str],
     evidence: Callable[[str], Evidence],
+    held_out: Mapping[str, float],
     log10_lambda: tuple[float, float],
 ) -> dict[str, Setting]:
     """Return the setting of each group.
 
     Args:
-        strength: `evidence`, a number, or numbers by group.
+        strength: `evidence`, `held-out`, a number, or numbers by group.
         groups: each module's group.
         evidence: gives a module's evidence.
+        held_out: each module's strength, where rows held out have chosen it.
         log10_lambda: between which strengths the most probable is looked for.
     """
     members: dict[str, list[str]] = {}
@@ -57,11 +61,13 @@ def settings_without_search(
     def of(group: str) -> float:
         if strength == "evidence":
             return most_probable([evidence(module) for module in members[group]], log10_lambda)
+        if strength == "held-out":
+            return math.exp(statistics.fmean(math.log(held_out[module]) for module in members[group]))
         return float(strength[group] if isinstance(strength, Mapping) else strength)
 
     return {group: Setting(of(group), GAMMA) for group in members}
 
 
 def described(strength: Any) -> str:
-    """Return how the strengths were chosen, in one word: `evidence` or `fixed`."""
-    return "evidence" if strength == "evidence" else "fixed"
+    """Return how the strengths were chosen, in one word: `evidence`, `held-out` or `fixed`."""
+    return strength if isinstance(strength, str) else "fixed"

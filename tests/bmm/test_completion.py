@@ -118,5 +118,7 @@ def test_what_does_not_fit_together_is_refused(splits: tuple[str, ...], said: di
     "value", ["guess", 0, -1, True, float("inf"), float("nan"), {}, {"qkv": 0}, {"qkv": "x"}, [1.0], None]
 )
 def test_a_prior_strength_is_a_rule_or_positive_numbers(value: Any) -> None:
-    with pytest.raises(ValueError, match="must be search, evidence, a positive number, or a positive number for each"):
+    with pytest.raises(
+        ValueError, match="must be search, evidence, held-out, a positive number, or a positive number for each"
+    ):
         RegressionSettings.model_validate({"lambda": value})

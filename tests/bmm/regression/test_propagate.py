@@ -42,7 +42,7 @@ def run(walk: Walk, anchor: nn.Module, lam: float) -> dict[str, Moments]:
     found = {}
     for unit in walk.units:
         for group, members in unit.groups.items():
-            found[group] = moments = trusted(total(walk.moments(unit.name, group)), members)
+            found[group] = moments = trusted(total([found for (found,) in walk.moments(unit.name, group)]), members)
             spectrum = moments.spectrum(group)
             for map_ in members:
                 prior = map_.matrix(anchor.get_parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,3 +60,37 @@ def test_only_the_walk_depends_on_its_reference(merged: Path, edit_recipe: Calla
     edit_recipe(merged, search={"per": "model", "trials": 3}, regression={"walk_lambda": 1.0})
     search(merged)
     assert len(walked(merged)) == 2 * len(first)
+
+
+@pytest.mark.slow
+def test_the_walk_gives_the_same_bytes_in_workers_and_here(
+    merged: Path, edit_recipe: Callable[..., Path], dask_scheduler: str
+) -> None:
+    before = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
+    store = Store(merged / "store")
+    for entry in store.entries():
+        if entry.kind in ("walk", "search", "stage-search"):
+            assert store.remove(entry)
+    edit_recipe(merged, cluster={"scheduler": dask_scheduler})
+    search(merged)
+    after = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
+    assert after == before
+
+
+def test_every_map_may_have_the_strength_that_unseen_rows_ask_for(
+    merged: Path, edit_recipe: Callable[..., Path]
+) -> None:
+    edit_recipe(merged, regression={"lambda": "held-out"}, search={})
+    first = set(walked(merged))
+    found = search(merged)
+    made = [entry for key, entry in walked(merged).items() if key not in first]
+    lambdas: dict[str, float] = {}
+    for entry in made:
+        lambdas |= json.loads((entry.path / "unit.json").read_text())["lambdas"]
+    assert len(lambdas) == 13
+    assert all(1e-4 <= lam <= 100 for lam in lambdas.values())
+    assert len(set(lambdas.values())) > 3
+    coverage = {entry["module"]: entry["lambda"] for entry in json.loads((found / "coverage.json").read_text())}
+    assert {name: pytest.approx(lam) for name, lam in lambdas.items()} == {name: coverage[name] for name in lambdas}, (
+        "each map is published as its own rows asked for"
+    )

@@ -24,7 +24,7 @@ def evidence(module: str) -> Evidence:
 
 
 def chosen(strength: Any) -> dict[str, tuple[float, float]]:
-    found = settings_without_search(strength, GROUPS, evidence, ENDS)
+    found = settings_without_search(strength, GROUPS, evidence, {}, ENDS)
     return {group: (setting.lam, setting.gamma) for group, setting in found.items()}
 
 
@@ -53,3 +53,11 @@ def test_numbers_of_other_groups_are_refused() -> None:
 
 def test_a_choice_is_described_in_a_word() -> None:
     assert [described(strength) for strength in ("evidence", 0.1, {"qkv": 1.0})] == ["evidence", "fixed", "fixed"]
+
+
+def test_rows_held_out_choose_for_each_map_and_a_group_takes_the_geometric_mean() -> None:
+    held_out = {module: 10.0**place for place, module in enumerate(GROUPS)}
+    found = settings_without_search("held-out", {module: module for module in GROUPS}, evidence, held_out, ENDS)
+    assert {module: setting.lam for module, setting in found.items()} == pytest.approx(held_out)
+    together = settings_without_search("held-out", dict.fromkeys(GROUPS, "all"), evidence, held_out, ENDS)
+    assert together["all"].lam == pytest.approx(10 ** ((len(GROUPS) - 1) / 2))

@@ -1,0 +1,207 @@
+"""One share of a walk through the network: some tasks, wherever a worker has time for them.
+
+What is asked of a share is a pure function of the request: moments of one group, after the units and groups before it
+were solved as the store and a folder of solutions say. A worker keeps the share that it had last, with its experts'
+activations where they are, and carries it on; a worker that has never seen it, or has fallen behind, catches up. So
+a worker may die at any time, and no state is lost with it.
+
+The walk itself is `bmm.regression.propagate`; who asks, solves and sums is `bmm.stages.propagation`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+
+from bmm.evaluation.model import TaskModel
+from bmm.evaluation.vocabulary import fill, joined, shifted
+from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
+from bmm.regression.chain import Batch
+from bmm.regression.held_out import is_held_out
+from bmm.regression.moments import Moments
+from bmm.regression.propagate import Walk
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import Setup, setup_of
+from bmm.store import Artefact, Reference, Store
+from bmm.threads import one_thread
+
+SOLUTIONS = "solutions.safetensors"
+PARTS: tuple[Literal["fit"], Literal["held-out"]] = ("fit", "held-out")
+
+
+@dataclass(frozen=True)
+class PartRequest:
+    """What a worker is asked for; plain JSON values, so that it travels anywhere.
+
+    Attributes:
+        walk: digest of what decides the walk.
+        request: the search stage's request.
+        store: folder of the artefact store.
+        tasks: places of this share's tasks among the experts.
+        done: the artefacts of the units before, in order.
+        unit: the unit in work.
+        solved: its groups that are solved already, in order, each a file of `folder`.
+        folder: where their solutions lie.
+        group: the group whose moments are wanted.
+        held_out: whether some rows are kept out of the solve.
+    """
+
+    walk: str
+    request: Mapping[str, Any]
+    store: str
+    tasks: tuple[int, ...]
+    done: tuple[Mapping[str, str], ...]
+    unit: str
+    solved: tuple[str, ...]
+    folder: str
+    group: str
+    held_out: bool
+
+
+def part_moments(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
+    """Return the moments of one group for each task of a share, of the rows held out too if asked for."""
+    names = ("tasks", "done", "solved")
+    request = PartRequest(**{**values, **{name: tuple(values[name]) for name in names}})
+    with _lock, one_thread():
+        return _part_of(request).moments(request)
+
+
+def solution_file(folder: Path, place: int) -> Path:
+    """Return where the solutions of a unit's group are kept while the unit is in work."""
+    return folder / f"group-{place}.safetensors"
+
+
+class _Part:
+    """A share of a walk that stands somewhere in the network."""
+
+    def __init__(self, request: PartRequest) -> None:
+        self.walk = request.walk
+        self._work = Work(Store(Path(request.store)))
+        stage = Request.from_json(request.request)
+        setup = setup_of(self._work, stage)
+        self._stack = ExitStack()
+        weights = self._stack.enter_context(setup.weights())
+        anchored = StoredWeights(self._work.read(stage.inputs["anchor"])).state()
+        own = _OwnRows(setup)
+        rows = self._work.read(stage.inputs["experts"][setup.experts[0].name])
+        merged, expert = (_model(setup, anchored, own, rows) for _ in range(2))
+        parameters = dict(expert.encoder.named_parameters())
+
+        def load_expert(index: int, prefix: str) -> None:
+            with torch.no_grad():
+                for name in weights.names():
+                    if name in parameters and name.startswith(f"{prefix}." if prefix else ""):
+                        parameters[name].copy_(weights.expert(request.tasks[index], name))
+
+        held_out: list[int] | None = None
+        if request.held_out:
+            parts = [[_batches(self._work, stage, setup, task, own, part) for task in request.tasks] for part in PARTS]
+            held_out = [len(task) for task in parts[1]]
+            batches: Sequence[Sequence[Batch]] = [[*fit, *rest] for fit, rest in zip(*parts, strict=True)]
+        else:
+            batches = [_batches(self._work, stage, setup, task, own, "all") for task in request.tasks]
+        self._walk = Walk(merged.encoder, expert.encoder, load_expert, batches, setup.regressed, held_out)
+        self._done: list[Mapping[str, str]] = []
+        self._solved: list[str] = []
+
+    def precedes(self, request: PartRequest) -> bool:
+        """Say whether the share stands where the request is, or before it."""
+        done = list(request.done)
+        if self.walk != request.walk or self._done != done[: len(self._done)]:
+            return False
+        return len(self._done) < len(done) or self._solved == list(request.solved)[: len(self._solved)]
+
+    def moments(self, request: PartRequest) -> list[tuple[Moments, ...]]:
+        """Catch up, and return what was asked for."""
+        for reference in request.done[len(self._done) :]:
+            artefact = self._work.read(Reference.from_json(reference))
+            self._apply(artefact.file(SOLUTIONS))
+            self._walk.advance(artefact.read_json("unit.json")["name"])
+            self._done.append(reference)
+            self._solved.clear()
+        for place, group in enumerate(request.solved):
+            if place >= len(self._solved):
+                self._apply(solution_file(Path(request.folder), place))
+                self._solved.append(group)
+        return self._walk.moments(request.unit, request.group)
+
+    def close(self) -> None:
+        """Let go of the checkpoints."""
+        self._stack.close()
+
+    def _apply(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as handle:
+            for module in handle.keys():  # noqa: SIM118 - not a mapping
+                self._walk.apply(module, handle.get_tensor(module))
+
+
+_lock = threading.Lock()
+_parts: dict[tuple[int, ...], _Part] = {}
+"""The shares of one walk that this process has: one, unless another worker has died. Used under the lock."""
+
+
+def _part_of(request: PartRequest) -> _Part:
+    part = _parts.get(request.tasks)
+    if part is None or not part.precedes(request):
+        _drop([tasks for tasks, kept in _parts.items() if tasks == request.tasks or kept.walk != request.walk])
+        part = _parts[request.tasks] = _Part(request)
+    return part
+
+
+def forget(walk: str) -> None:
+    """Let go of what this process has of a walk."""
+    with _lock:
+        _drop([tasks for tasks, part in _parts.items() if part.walk == walk])
+
+
+def _drop(shares: Sequence[tuple[int, ...]]) -> None:
+    for tasks in shares:
+        _parts.pop(tasks).close()
+
+
+class _OwnRows:
+    """The rows of all experts' own tokens, in one table, since one model here runs the rows of several experts."""
+
+    def __init__(self, setup: Setup) -> None:
+        prefix, tables = f"{setup.layout.prefix}.", []
+        for expert in setup.experts:
+            with expert.model.open() as checkpoint:
+                own = own_rows(checkpoint, setup.layout, expert.name)
+            tables.append({name.removeprefix(prefix): rows for name, rows in own.items() if name.startswith(prefix)})
+        self._vocabulary = setup.layout.vocabulary
+        self.tables, self._starts = joined(tables)
+
+    def placed(self, batch: Batch, expert: int) -> Batch:
+        """Return a batch of one expert's rows as the joined table counts its tokens."""
+        return batch if self._vocabulary is None else shifted(batch, self._vocabulary, self._starts[expert])
+
+
+def _model(setup: Setup, state: Mapping[str, torch.Tensor], own: _OwnRows, artefact: Artefact) -> TaskModel:
+    first = setup.experts[0]
+    with first.model.open() as checkpoint:
+        model = build_model(checkpoint, first, 1, setup.layout)
+        # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
+        model.load_head(head_tensors(checkpoint, setup.layout, first.name, artefact))
+    model.load_encoder(state)
+    fill(model.encoder, own.tables)
+    return model
+
+
+def _batches(
+    work: Work, stage: Request, setup: Setup, task: int, own: _OwnRows, part: Literal["all", "fit", "held-out"]
+) -> Sequence[Batch]:
+    """Return the batches of a task's calibration rows: all, or those to solve on (`fit`), or those held out."""
+    expert = setup.experts[task]
+    with expert.model.open() as checkpoint:
+        model = build_model(checkpoint, expert, stage.settings["batch_size"], setup.layout)
+    rows = read_split(work.read(stage.inputs["experts"][expert.name]), "calibration").rows
+    if part != "all":
+        rows = tuple(row for index, row in enumerate(rows) if is_held_out(index) == (part == "held-out"))
+    return [own.placed(batch, task) for batch in model.batches(model.prepare(rows))]
