@@ -4,10 +4,12 @@ VENV   := .venv
 STAMP  := $(VENV)/.installed
 # The demo's arguments, for example: make demo DEMO="--experts all"
 DEMO   ?=
+# The benchmarks' arguments, for example: make benchmark-methods BENCHMARK="--quick"
+BENCHMARK ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test check clean
+.PHONY: install demo test benchmark benchmark-methods check clean
 
 install: $(STAMP)
 
@@ -22,6 +24,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
+
+benchmark: benchmark-methods
+
+benchmark-methods: $(STAMP)
+	PYTHONPATH=tests $(VENV)/bin/python -m benchmarks.methods $(BENCHMARK)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -116,15 +116,19 @@ class Bootstrap:
         """Return the interval of a model's mean score over tasks."""
         return self._interval(self._means(model))
 
-    def share_of_experts(self, model: str, expert: str = "expert") -> Interval:
+    def share_of_experts(self, *models: str, expert: str = "expert") -> Interval:
         """Return that of `share_of_experts`; resamples in which the experts' mean is not above 0 are left out.
+
+        Of several models (one method's, on several draws of calibration rows) it is the interval of all of their
+        resamples together: what one of them, whichever it is, may show.
 
         Raises:
             BMMError: there is no other resample.
         """
         experts = self._means(expert)
         usable = experts > 0
-        return self._interval(_share_of_means(self._means(model)[usable], experts[usable]))
+        shares = [_share_of_means(self._means(model)[usable], experts[usable]) for model in models]
+        return self._interval(np.concatenate(shares))
 
     def difference(self, model: str, other: str, task: str | None = None) -> Interval:
         """Return the paired interval of score(model) - score(other), on one task or their mean."""

@@ -126,6 +126,15 @@ def _base_state(setup: Setup) -> dict[str, torch.Tensor]:
         return {name: weights.base(name) for name in weights.names()}
 
 
+def open_panel(work: Work, recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]) -> tuple[Setup, Panel]:
+    """Return a merge and the panel of its tasks, given the result of its first stage."""
+    given = {"layout": results["experts"].outputs["layout"], "experts": results["experts"].outputs["experts"]}
+    where = {"base": inputs.base.to_json(), "experts": [expert.to_json() for expert in inputs.experts]}
+    request = Request("evaluate", given, {"batch_size": recipe.evaluation.batch_size}, where)
+    setup = setup_of(work, request)
+    return setup, panel_of(work, request, setup)
+
+
 def evaluate_checkpoint(
     work: Work, recipe: Recipe, inputs: Inputs, results: Mapping[str, Result], model: Model, split: str
 ) -> dict[str, Any]:
@@ -136,11 +145,7 @@ def evaluate_checkpoint(
         RecipeError: the recipe names no rows of this split.
     """
     settings = recipe.evaluation
-    given = {"layout": results["experts"].outputs["layout"], "experts": results["experts"].outputs["experts"]}
-    where = {"base": inputs.base.to_json(), "experts": [expert.to_json() for expert in inputs.experts]}
-    request = Request("evaluate", given, {"batch_size": settings.batch_size}, where)
-    setup = setup_of(work, request)
-    panel = panel_of(work, request, setup)
+    setup, panel = open_panel(work, recipe, inputs, results)
     if not panel.has(split):
         raise RecipeError(
             f"the recipe names no {split} rows to measure {model.source} on; add them to its experts' tasks"

@@ -88,6 +88,16 @@ def test_intervals_contain_the_point_estimates(correct: dict[str, dict[str, Meas
         assert share.high >= share_of_experts(exact[model], exact["expert"]) - 1e-12
 
 
+def test_the_share_of_several_models_is_that_of_all_their_resamples() -> None:
+    low, high = made(100, 400), made(300, 400)
+    bootstrap = Bootstrap({"a": {"expert": made(400, 400), "low": low, "high": high}}, **SETTINGS)
+    one, other, both = (bootstrap.share_of_experts(*models) for models in (["low"], ["high"], ["low", "high"]))
+    assert one.low <= both.low < 0.25 < 0.75 < both.high <= other.high
+    # A tail of 2.5 % of all resamples is one of 5 % of those of the lower model.
+    assert both.low > one.low
+    assert bootstrap.share_of_experts("low", "low") == one
+
+
 @pytest.mark.parametrize("rows", [400, 1000])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 @pytest.mark.parametrize("confidence", [0.9, 0.95])

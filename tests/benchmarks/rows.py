@@ -1,0 +1,152 @@
+"""Which methods the table has, each as what it changes in a recipe.
+
+One place to add a row: `rows`. A method that is no recipe of ours (a peer's own code) is a `Row` all the same, with
+another maker (`Maker`). Running them is `benchmarks.runs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import TypeAdapter
+
+from bmm.anchors.settings import AnchorSettings, Method, ScaledSettings
+
+Changes = Mapping[str, Any]
+Stage = Literal["grams", "anchor", "search"]
+
+# The strength that the unsearched rows use everywhere, so that nothing of theirs was chosen on the rows they are
+# measured on.
+LAMBDA = 0.1
+LABELS = {
+    "average": "average",
+    "ta": "task arithmetic",
+    "ties": "TIES",
+    "dare": "DARE",
+    "tsv": "TSV-M",
+    "iso-c": "Iso-C",
+    "iso-cts": "Iso-CTS",
+    "wudi": "WUDI, exact",
+    "regmean": "RegMean",
+    "fisher": "Fisher",
+    "ace": "ACE",
+}
+MODULE_WISE: Changes = {"grams": {"source": "activations"}, "regression": {"mode": "module-wise"}}
+HYBRID: Changes = {"grams": {"source": "hybrid"}, "regression": {"mode": "module-wise"}}
+PROPAGATED: Changes = {"grams": {"source": "activations"}, "regression": {"mode": "propagated"}}
+DATA_FREE: Changes = {
+    "anchor": {"method": "tsv"},
+    "grams": {"source": "task-vectors"},
+    "regression": {"mode": "module-wise"},
+}
+
+
+@dataclass(frozen=True)
+class How:
+    """A method as a recipe: `changes` to its keys, run up to `stage`, whose model is the result.
+
+    `after` are recipes whose work this one builds on; its time includes theirs.
+    """
+
+    changes: Changes
+    stage: Stage
+    after: tuple[How, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        method: its name.
+        how: how its model is made.
+        ours: whether it is this project's regression.
+        data_free: whether it needs no rows at all, neither calibration nor validation.
+        seeded: whether it depends on the calibration rows, so that each draw of them gives another model.
+        chosen: whether something was chosen on the validation rows.
+    """
+
+    method: str
+    how: How
+    ours: bool
+    data_free: bool
+    seeded: bool
+    chosen: bool = False
+
+
+def rows(trials: int, *, quick: bool = False) -> list[Row]:
+    """Return all rows, searches with so many trials; quickly, without those that try many scales or steps."""
+    slow = [] if quick else [*_scaled(), _anchor("WUDI, Adam", {"method": "wudi", "solver": "adam"})]
+    return [*_published(), *slow, *_data_free(), *_ours(trials)]
+
+
+def sweep() -> list[Row]:
+    """Return the rows of the figure over numbers of calibration rows: one strength for all, no search."""
+    named = {"module-wise": MODULE_WISE, "hybrid": HYBRID, "propagated": PROPAGATED}
+    return [
+        Row(name, How(_fixed(changes, LAMBDA), "search"), ours=True, data_free=False, seeded=True)
+        for name, changes in named.items()
+    ]
+
+
+def _published() -> list[Row]:
+    """Return every anchor method at its published settings, which are the defaults."""
+    methods: list[dict[str, Any]] = [{"method": name} for name in get_args(Method) if name != "checkpoint"]
+    return [_anchor(LABELS.get(said["method"], said["method"]), said) for said in methods]
+
+
+def _scaled() -> list[Row]:
+    """Return those that have a scale with the best one on the validation rows."""
+    methods = [name for name in get_args(Method) if name != "checkpoint"]
+    scaled = [name for name in methods if isinstance(_settings({"method": name}), ScaledSettings)]
+    return [
+        _anchor(f"{LABELS.get(name, name)}, best scale", {"method": name, "scale": "validation"}) for name in scaled
+    ]
+
+
+def _anchor(label: str, said: dict[str, Any]) -> Row:
+    settings = _settings(said)
+    seeded = settings.needs is not None
+    return Row(
+        label,
+        How({"anchor": said}, "anchor"),
+        ours=False,
+        data_free=not seeded and not settings.chooses_scale,
+        seeded=seeded,
+        chosen=settings.chooses_scale,
+    )
+
+
+def _settings(said: dict[str, Any]) -> AnchorSettings:
+    found: AnchorSettings = TypeAdapter(AnchorSettings).validate_python(said)
+    return found
+
+
+def _data_free() -> list[Row]:
+    strengths = {f"data-free, λ = {LAMBDA:g}": LAMBDA, "data-free, λ by evidence": "evidence"}
+    return [
+        Row(name, How(_fixed(DATA_FREE, strength), "search"), ours=True, data_free=True, seeded=False)
+        for name, strength in strengths.items()
+    ]
+
+
+def _ours(trials: int) -> list[Row]:
+    walked = How(_fixed(PROPAGATED, LAMBDA), "search")
+    return [
+        Row("propagated", walked, ours=True, data_free=False, seeded=True),
+        _searched("module-wise, searched", MODULE_WISE, trials),
+        _searched("hybrid, searched", HYBRID, trials, How(MODULE_WISE, "grams")),
+        _searched("propagated, searched", PROPAGATED, trials, walked),
+    ]
+
+
+def _searched(name: str, changes: Changes, trials: int, *after: How) -> Row:
+    how = How({**changes, "search": {"trials": trials}}, "search", after)
+    return Row(name, how, ours=True, data_free=False, seeded=True, chosen=True)
+
+
+def _fixed(changes: Changes, strength: float | str) -> Changes:
+    """Return `changes` with the prior's strength given, or found without validation rows, and no search."""
+    return {**changes, "regression": {**changes["regression"], "lambda": strength}, "search": "none"}

@@ -1,0 +1,175 @@
+"""Running a row on one draw of calibration rows: the product's own stages and store, nothing computed twice.
+
+A zoo is any recipe whose experts have rows for all three splits; its calibration rows are the pool that each draw is
+taken from. Which methods there are is `benchmarks.rows`; what comes of the answers is `benchmarks.summary`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from benchmarks.rows import Changes, How, Row
+
+from bmm.evaluation.metrics import Measured
+from bmm.pipeline import perform_here, run_stages
+from bmm.prediction import Panel, StoredWeights
+from bmm.recipe import Recipe
+from bmm.sources import Inputs, fingerprint_inputs
+from bmm.stages.evaluate import open_panel
+from bmm.stages.panel import expert_predictions
+from bmm.stages.request import Request, Result, Work
+from bmm.stages.setup import Setup
+from bmm.store import Store
+
+# What a row decides, and what a benchmark does not do.
+_NOT_THE_ZOOS = ("grams", "regression", "search", "tracking", "output")
+_STAGES = {
+    "grams": ("experts", "grams"),
+    "anchor": ("experts", "anchor"),
+    "search": ("experts", "grams", "anchor", "search"),
+}
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Experts to be merged.
+
+    Attributes:
+        name: what the results call it.
+        recipe: a recipe's file.
+        folder: where the benchmark keeps its store and its times.
+    """
+
+    name: str
+    recipe: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Model:
+    """A merged encoder: its digest, by which its answers are known, and the seconds that making it took."""
+
+    digest: str
+    seconds: float
+
+
+class Bench:
+    """One zoo with everything that its runs share."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        self.zoo = zoo
+        self.store = Store.open(zoo.folder / "store")
+        self.given = Recipe.from_yaml(zoo.recipe)
+        self._values = yaml.safe_load(zoo.recipe.read_text(encoding="utf-8"))
+        self._inputs: dict[tuple[int, int], Inputs] = {}
+
+    def run(self, row: Row, seed: int, rows: int) -> Model:
+        """Merge by the row's method, and let the model answer the test rows; what is done already is not done again.
+
+        Args:
+            row: the method.
+            seed: of the draw of calibration rows, and of the search.
+            rows: how many a task; a task with fewer gives all that it has.
+        """
+        seconds: dict[str, float] = {}
+        for how in (*row.how.after, row.how):
+            results = self._results(how, seed, rows)
+            seconds |= {result.key: self._seconds(result) for name, result in results.items() if name != "experts"}
+        reference = results[row.how.stage].reference(row.how.stage)
+        self.answers(reference.digest, lambda: StoredWeights(self.store.read(reference)).state(), row.method)
+        return Model(reference.digest, sum(seconds.values()))
+
+    def answers(
+        self, digest: str, state: Callable[[], dict[str, torch.Tensor]] | None = None, what: str = "model"
+    ) -> Mapping[str, Measured]:
+        """Return, by task, what a model's answers on the test rows are worth; without `state` only known ones."""
+
+        def unknown() -> NoReturn:
+            raise KeyError(f"{what} has not been run")
+
+        _, panel = self._test
+        return panel.predictions(digest, state or unknown, panel.tasks, "test", what)
+
+    def references(self) -> dict[str, Mapping[str, Measured]]:
+        """Return the test answers of the experts, each on its own task, and of the base."""
+        setup, panel = self._test
+
+        def base() -> dict[str, torch.Tensor]:
+            with setup.weights() as weights:
+                return {name: weights.base(name) for name in weights.names()}
+
+        return {"expert": expert_predictions(setup, panel, "test"), "base": self.answers(setup.base.digest, base)}
+
+    @property
+    def kind(self) -> str:
+        """The kind of the first task."""
+        return self.given.experts[0].task.kind
+
+    @property
+    def anchor(self) -> dict[str, Any]:
+        """The anchor of the regressed rows, where a row does not say another: the recipe's."""
+        return self.given.anchor.model_dump(mode="json")
+
+    def rows(self, split: str) -> dict[str, int]:
+        """Return how many rows each task has in a split as the zoo gives it."""
+        _, panel = self._test
+        return {task: panel.rows(task, split) for task in panel.tasks}
+
+    @cached_property
+    def _whole(self) -> tuple[Recipe, Inputs, Mapping[str, Result]]:
+        """The zoo as it is given, with the whole pool of calibration rows."""
+        recipe = Recipe.from_mapping(self._with({}), folder=self.given.folder)
+        inputs = fingerprint_inputs(recipe, check_output_folder=False)
+        return recipe, inputs, run_stages(recipe, inputs, self.store, perform_here, ("experts",))
+
+    @cached_property
+    def _test(self) -> tuple[Setup, Panel]:
+        return open_panel(Work(self.store), *self._whole)
+
+    def _results(self, how: How, seed: int, rows: int) -> dict[str, Result]:
+        values = self._with(how.changes)
+        pool = self.rows("calibration")
+        for expert in values["experts"]:
+            source = expert["task"]["calibration"]
+            source |= {"rows": min(rows, pool[expert["name"]]), "seed": seed}
+        if isinstance(values.get("search"), dict):
+            values["search"] |= {"seed": seed}
+        recipe = Recipe.from_mapping(values, folder=self.given.folder)
+        if (seed, rows) not in self._inputs:
+            self._inputs[seed, rows] = fingerprint_inputs(recipe, check_output_folder=False)
+        stages = _STAGES[how.stage]
+        if how.stage == "anchor" and recipe.anchor.needs == "gram":
+            stages = ("experts", "grams", "anchor")
+        return run_stages(recipe, self._inputs[seed, rows], self.store, self._timed, stages)
+
+    def _with(self, changes: Changes) -> dict[str, Any]:
+        """Return the zoo's recipe with a row's changes."""
+        kept = {key: value for key, value in self._values.items() if key not in _NOT_THE_ZOOS}
+        copied: dict[str, Any] = json.loads(json.dumps({**kept, **changes, "output": "./never-written"}))
+        return copied
+
+    def _timed(self, store: Store, request: Request) -> Result:
+        """Run one stage and, unless it was done before, write down how long it took."""
+        result = perform_here(store, request)
+        place = self._time_of(result)
+        if result.state == "ran" or not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            written = place.with_name(f".{place.name}.{os.getpid()}")
+            written.write_text(json.dumps(result.seconds), encoding="utf-8")
+            written.replace(place)
+        return result
+
+    def _seconds(self, result: Result) -> float:
+        """Return how long a stage took when it ran: here, or in an earlier run of the benchmark."""
+        return float(json.loads(self._time_of(result).read_text(encoding="utf-8")))
+
+    def _time_of(self, result: Result) -> Path:
+        return self.zoo.folder / "seconds" / result.key
