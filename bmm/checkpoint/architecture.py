@@ -143,9 +143,10 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """
     names = checkpoint.names()
     if not prefix:
-        own = f"{Architecture('AutoModelForCausalLM', 'language model').prefix(checkpoint.config)}."
-        bare = not any(name.startswith(own) for name in names)
-        return {f"{own}{name}" if bare else name: name for name in names}
+        own = Architecture("AutoModelForCausalLM", "language model").prefix(checkpoint.config)
+        inner = encoder_names(checkpoint, own)
+        rest = set(names) - set(inner.values())
+        return {f"{own}.{name}": stored for name, stored in inner.items()} | {name: name for name in rest}
     under = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
     rename, parts = _renaming(canonical_json(checkpoint.config))
     found = {}

@@ -140,6 +140,11 @@ class Layout:
         )
 
 
+def dotted(prefix: str) -> str:
+    """Return what a prefix puts before a name: nothing where it is empty."""
+    return f"{prefix}." if prefix else ""
+
+
 def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]) -> Layout:
     """Compare the base with all experts and say where every tensor goes.
 
@@ -185,11 +190,16 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             shared.append(_share(name, base, base_names, experts, expert_names))
         else:
             for expert in experts:
-                heads[expert][f"{prefix}.{name}"] = expert_names[expert][name]
+                heads[expert][f"{dotted(prefix)}{name}"] = expert_names[expert][name]
     for expert, checkpoint in experts.items():
         if architectures[expert].tower is None:
             encoder = set(expert_names[expert].values()) | copied[expert]
             heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
+        if architectures[expert].whole and heads[expert]:
+            raise CheckpointError(
+                f"expert '{expert}' has the tensor '{min(heads[expert])}', which the base {base.path} lacks; name a "
+                "base that was saved as AutoModelForCausalLM"
+            )
         if missing := architectures[expert].missing(checkpoint):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
@@ -221,7 +231,7 @@ def canonical_names(
     heads = {name: name for name in set(checkpoint.names()) - set(names.values())}
     copies: dict[str, str] = {}
     for group in tied:
-        inside = [name.removeprefix(f"{prefix}.") for name in group if name.startswith(f"{prefix}.")]
+        inside = [name.removeprefix(dotted(prefix)) for name in group if name.startswith(dotted(prefix))]
         places = [names[name] for name in inside if name in names] + [heads[name] for name in group if name in heads]
         if not inside or not places:
             continue
@@ -279,7 +289,9 @@ def _own_rows(
     extra: dict[str, dict[str, tuple[str, int, int]]] = {}
     for expert, checkpoint in experts.items():
         rows = (vocabulary_size(checkpoint.config) or known) - known
-        tables = {f"{prefix}.{one.name}": one.expert_keys[expert] for one in shared if one.shared_rows is not None}
+        tables = {
+            f"{dotted(prefix)}{one.name}": one.expert_keys[expert] for one in shared if one.shared_rows is not None
+        }
         tables |= {
             name: stored
             for name, stored in heads[expert].items()

@@ -78,7 +78,7 @@ class TaskModel:
     Args:
         task: the expert's name, for messages.
         module: a model of transformers, from `build_module`.
-        prefix: the name under which it keeps its encoder.
+        prefix: the name under which it keeps its encoder; empty where it is the encoder itself.
         batch_size: rows in one forward pass.
         reader: what reads the task's rows; None for a model that is only fed.
     """
@@ -89,7 +89,7 @@ class TaskModel:
         self.encoder: Any = module.get_submodule(prefix)
         self.batch_size = batch_size
         self.reader = reader
-        self._prefix = f"{prefix}."
+        self._prefix = f"{prefix}." if prefix else ""
         self._travelling: frozenset[str] = frozenset()
         self._head_loaded = False
         self._state = _EncoderState()
@@ -173,6 +173,15 @@ class TaskModel:
         """Return batches of this model's batch size."""
         return prepared.batches(self.batch_size)
 
+    def require_weights(self) -> None:
+        """Refuse to answer without weights.
+
+        Raises:
+            BMMError: head or encoder were not loaded yet.
+        """
+        if not (self._head_loaded and self._state.loaded):
+            raise BMMError(f"the model of {self.task} has no weights yet; load its head and its encoder first")
+
     def logits(self, prepared: Prepared, bar: Any = None) -> Tensor:
         """Return the logits, (rows, classes) float32, in the order the rows were given.
 
@@ -184,8 +193,7 @@ class TaskModel:
             BMMError: no weights were loaded yet.
             FloatingPointError: a logit is not finite.
         """
-        if not (self._head_loaded and self._state.loaded):
-            raise BMMError(f"the model of {self.task} has no weights yet; load its head and its encoder first")
+        self.require_weights()
         result = torch.empty(len(prepared), self.module.config.num_labels, dtype=torch.float32)
         done = 0
         with torch.inference_mode():

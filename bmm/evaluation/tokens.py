@@ -75,11 +75,11 @@ class TokenisedRows:
             yield batch
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, padding: bool = True) -> Any:
     """Return the tokenizer in a local folder; nothing is fetched and no code in it is run.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it has no padding token.
+        CheckpointError: there is none, it cannot be read, or it has no padding token where `padding` asks for one.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer; save the one that the model was trained with there")
@@ -91,7 +91,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-    if tokenizer.pad_token_id is None:
+    if padding and tokenizer.pad_token_id is None:
         raise CheckpointError(f"the tokenizer in {folder} has no padding token; set pad_token and save it again")
     return tokenizer
 

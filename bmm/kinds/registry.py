@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bmm.kinds.causal_lm import CausalLMKind
 from bmm.kinds.image_classification import ImageClassificationKind
 from bmm.kinds.interface import Kind
 from bmm.kinds.text_classification import TextClassificationKind
@@ -15,6 +16,7 @@ _KINDS: dict[str, Kind] = {
         TextRegressionKind(),
         ImageClassificationKind(),
         ZeroShotImageClassificationKind(),
+        CausalLMKind(),
     )
 }
 

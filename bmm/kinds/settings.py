@@ -6,9 +6,9 @@ Words only: reading rows and running models is each kind's own module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, field_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
 from bmm.part import Part
 
@@ -116,20 +116,47 @@ class ZeroShotImageClassification(_Task):
         return value
 
 
+class CausalLM(_Task):
+    """Running text, or a prompt and its answer a row; the whole language model is merged."""
+
+    kind: Literal["causal-lm"]
+    text: str = Field(default="text", description="the column of running text, where there are no prompts")
+    prompt: str | None = Field(default=None, description="the column of prompts, each up to the answer's first letter")
+    answer: str | None = Field(default=None, description="the column of answers to the prompts; only they are measured")
+    max_length: int = Field(default=512, ge=4, description="tokens a row, longer ones are cut")
+    metric: Literal["likelihood", "exact-match"] = Field(
+        default="likelihood", description="exp(-NLL) of a token; or the share of prompts answered word for word"
+    )
+    max_new_tokens: int = Field(default=32, ge=1, description="of an answer, for exact-match")
+    stop: str | None = Field(default=None, min_length=1, description="a text at which an answer ends, for exact-match")
+
+    @model_validator(mode="after")
+    def _answered(self) -> Self:
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("prompt and answer name two columns that belong together; name both or neither")
+        if self.metric == "exact-match" and self.prompt is None:
+            raise ValueError("exact-match needs the columns prompt and answer; name them, or measure likelihood")
+        return self
+
+
 def _with_kind(value: Any) -> Any:
     return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
 
 
 Task = Annotated[
     Annotated[
-        TextClassification | TextRegression | ImageClassification | ZeroShotImageClassification,
+        TextClassification | TextRegression | ImageClassification | ZeroShotImageClassification | CausalLM,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_with_kind),
 ]
 
 # What the class of such a model ends in, as config.json names it.
-HEADS = {"text-classification": "ForSequenceClassification", "image-classification": "ForImageClassification"}
+HEADS = {
+    "text-classification": "ForSequenceClassification",
+    "image-classification": "ForImageClassification",
+    "causal-lm": "ForCausalLM",
+}
 
 
 def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -146,9 +173,9 @@ def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
-_NOT_READ = frozenset({"text", "text_pair", "label", "image", "metric"})
+_NOT_READ = frozenset({"text", "text_pair", "label", "image", "prompt", "answer", "metric"})
 # What is asked of a model beyond reading rows.
-_ASKED = frozenset({"classes", "templates"})
+_ASKED = frozenset({"classes", "templates", "max_new_tokens", "stop"})
 
 
 def reading(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,4 +189,5 @@ def reading(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def asking(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a task (as JSON) that decide what its model answers, once it has read a row."""
-    return {name: value for name, value in task.items() if name in _ASKED}
+    asked = _ASKED | {"metric"} if task["kind"] == "causal-lm" else _ASKED
+    return {name: value for name, value in task.items() if name in asked}

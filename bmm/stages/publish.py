@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.layout import dotted
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, torch_dtype
 from bmm.checkpoint.vocabulary import with_vocabulary
@@ -101,7 +102,7 @@ def _kept(setup: Setup, base: Checkpoint) -> tuple[dict[str, str], str]:
         # The merged tower goes back into the whole model, whose other parts no expert has changed.
         merged = {parameter.base_key for parameter in setup.layout.shared}
         return {key: key for key in base.names() if key not in merged}, ""
-    prefix = f"{setup.layout.prefix}." if setup.layout.prefix else ""
+    prefix = dotted(setup.layout.prefix)
     # An encoder weight that no expert has (a pooler that their heads do without) stays the base's.
     return {
         key.removeprefix(prefix): key

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
+from bmm.checkpoint.layout import dotted
 from bmm.evaluation.model import TaskModel
 from bmm.evaluation.vocabulary import fill, joined, shifted
 from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
@@ -170,7 +171,7 @@ class _OwnRows:
     """The rows of all experts' own tokens, in one table, since one model here runs the rows of several experts."""
 
     def __init__(self, setup: Setup) -> None:
-        prefix, tables = f"{setup.layout.prefix}.", []
+        prefix, tables = dotted(setup.layout.prefix), []
         for expert in setup.experts:
             with expert.model.open() as checkpoint:
                 own = own_rows(checkpoint, setup.layout, expert.name)
