@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
-# The demo's arguments, for example: make demo DEMO="--experts all"
+# The demo's arguments, for example: make demo DEMO="--zoo vision"
 DEMO   ?=
 # The benchmarks' arguments, for example: make benchmark-methods BENCHMARK="--quick"
 BENCHMARK ?=
@@ -37,4 +37,4 @@ check: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo demo-vision build *.egg-info

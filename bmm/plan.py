@@ -6,6 +6,7 @@ worst shortage first.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from bmm.sources import Inputs
 from bmm.stages.request import Result, recorded
 from bmm.store import Store
 
+_PROCESSOR = "preprocessor_config.json"
 _FLOAT32, _FLOAT64 = 4, 8
 # What Python, torch and transformers take before a weight is loaded (measured: about 450 MiB a process).
 _PROCESS_BYTES = 450 * 2**20
@@ -119,7 +121,7 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     with Checkpoint.open(Path(inputs.base.path)) as base:
         kind = kind_of(inputs.experts[0].task["kind"])
         names = encoder_names(base, kind.architecture.prefix(base.config))
-        tokens = [tokens_of(expert.task, base.config) for expert in inputs.experts]
+        tokens = [tokens_of(expert.task, base.config, Path(expert.model.path)) for expert in inputs.experts]
         shapes: dict[str, tuple[int, ...]] = {name: base.info(stored).shape for name, stored in names.items()}
         output_bytes = sum(base.info(stored).nbytes for stored in names.values())
     weights = sum(math.prod(shape) for shape in shapes.values())
@@ -229,14 +231,28 @@ def require_fit(plan: Plan, recipe: Recipe) -> None:
         raise max(shortages, key=lambda shortage: shortage[0])[1]
 
 
-def tokens_of(task: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """Return how many tokens a row of a task has at most: as many as it is cut to, or as an image has patches."""
+def tokens_of(task: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> int:
+    """Return how many tokens a row of a task has at most: as many as it is cut to, or as an image has patches.
+
+    An image is as large as the image processor in the expert's `folder` makes it, else as the model was made for.
+    """
     if "max_length" in task:
         return int(task["max_length"])
     vision = config.get("vision_config") or config
     image, patch = (vision.get(name) or default for name, default in (("image_size", 224), ("patch_size", 16)))
     sides = [max(size) if isinstance(size, list) else int(size) for size in (image, patch)]
-    return (sides[0] // sides[1]) ** 2 + 1
+    return ((_processed_side(folder) or sides[0]) // sides[1]) ** 2 + 1
+
+
+def _processed_side(folder: Path) -> int | None:
+    """Return the longest side of the images that a folder's image processor makes, None where it does not say."""
+    try:
+        document = json.loads((folder / _PROCESSOR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    size = document.get("crop_size" if document.get("do_center_crop") else "size")
+    given = size.values() if isinstance(size, dict) else [size]
+    return max((side for side in given if isinstance(side, int)), default=None)
 
 
 def _distinct_inputs(matrices: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

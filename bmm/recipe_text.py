@@ -30,11 +30,11 @@ _EXPERT = """\
   - name: {name}
     model: {model}
     task:
-      kind: text-classification
-      text: {text:<24} # the column that holds the text
-{pair}      label: {label:<23} # the column that holds the class: its name or its number
-      max_length: {max_length:<18} # tokens a text, longer ones are cut
+      kind: {kind}
 """
+
+_KEY_WIDTH = 30
+_LABEL_NOTE = "the column that holds the class: its name or its number"
 
 _SPLIT_NOTES = (
     "# The task's own rows, three splits without a row in common, each handed to datasets.load_dataset:",
@@ -65,8 +65,49 @@ output: {output}
 
 
 @dataclass(frozen=True)
+class TextKeys:
+    """What a text classification task says beside its splits: columns, and tokens a text."""
+
+    max_length: int
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+
+    kind = "text-classification"
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Return (key, value, what it says)."""
+        pair = (
+            [("text_pair", _scalar(self.text_pair), "the column that holds the second text")] if self.text_pair else []
+        )
+        return [
+            ("text", _scalar(self.text), "the column that holds the text"),
+            *pair,
+            ("label", _scalar(self.label), _LABEL_NOTE),
+            ("max_length", str(self.max_length), "tokens a text, longer ones are cut"),
+        ]
+
+
+@dataclass(frozen=True)
+class ImageKeys:
+    """What an image classification task says beside its splits: columns."""
+
+    image: str = "image"
+    label: str = "label"
+
+    kind = "image-classification"
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Return (key, value, what it says)."""
+        return [
+            ("image", _scalar(self.image), "the column that holds the image"),
+            ("label", _scalar(self.label), _LABEL_NOTE),
+        ]
+
+
+@dataclass(frozen=True)
 class ExpertEntry:
-    """One expert of the recipe: what a person reads of it (`title`), its checkpoint, its rows and their columns.
+    """One expert of the recipe: what a person reads of it (`title`), its checkpoint, its rows and how they are read.
 
     `model` and the paths in `splits` are written as they are, so they are relative to the recipe's file.
     """
@@ -75,10 +116,7 @@ class ExpertEntry:
     title: str
     model: str
     splits: Mapping[str, str]
-    max_length: int
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
+    task: TextKeys | ImageKeys
 
 
 def recipe_text(
@@ -94,16 +132,15 @@ def recipe_text(
     """Return the YAML of a recipe for these experts."""
     text = _HEAD.format(file=file, base=_scalar(base))
     for index, entry in enumerate(entries):
-        pair = f"      text_pair: {_scalar(entry.text_pair)}\n" if entry.text_pair else ""
         text += _EXPERT.format(
             title=" ".join(entry.title.split()),
             name=_scalar(entry.name),
             model=_scalar(entry.model),
-            text=_scalar(entry.text),
-            pair=pair,
-            label=_scalar(entry.label),
-            max_length=entry.max_length,
+            kind=entry.task.kind,
         )
+        for key, value, note in entry.task.lines():
+            said = f"{key}: {value}"
+            text += f"      {said:<{_KEY_WIDTH}} # {note}\n"
         if index == 0:
             text += "".join(f"      {line}\n" for line in _SPLIT_NOTES)
         for split, path in entry.splits.items():

@@ -13,7 +13,7 @@ from typing import Any
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError, DataError, OutputError, UserError
 from bmm.kinds.settings import SplitSource
-from bmm.recipe_text import ExpertEntry, recipe_text
+from bmm.recipe_text import ExpertEntry, TextKeys, recipe_text
 
 _FILE = "recipe.yaml"
 _SPLITS = {
@@ -106,9 +106,7 @@ def _entry(folder: Path, path: Path) -> tuple[ExpertEntry, list[str]]:
         title=f"{classes} classes",
         model=f"./{path.relative_to(folder).as_posix()}",
         splits=splits,
-        max_length=min(_LONGEST, positions),
-        text=text,
-        label=label,
+        task=TextKeys(min(_LONGEST, positions), text=text, label=label),
     )
     return entry, missing
 

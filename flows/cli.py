@@ -54,7 +54,15 @@ _err = Console(stderr=True)
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="where base, data, experts and the merged model go")] = Path("demo"),
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="where base, data, experts and the merged model go (default: demo, or demo-vision)", show_default=False
+        ),
+    ] = None,
+    zoo: Annotated[
+        Literal["text", "vision"], typer.Option(help="a text encoder and text sets, or a vision encoder and image sets")
+    ] = "text",
     experts: Annotated[
         Literal["four", "all"], typer.Option(help="four experts, trained briefly; or all six, trained longer")
     ] = "four",
@@ -68,12 +76,13 @@ def demo(
     def work() -> dict[str, Any]:
         from flows import commands
 
-        recipe = commands.prepare_demo(folder, experts)
+        place = folder or Path("demo" if zoo == "text" else f"demo-{zoo}")
+        recipe = commands.prepare_demo(place, zoo, experts)
         if not as_json:
             _err.print(f"[dim]recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
         # The demo is a folder that can be deleted as a whole, so its store lies inside unless one is named.
-        place = store or os.environ.get("BMM_STORE") or str(folder.resolve() / "store")
-        return commands.merge(recipe, place, fresh=fresh, server=server)
+        kept = store or os.environ.get("BMM_STORE") or str(place.resolve() / "store")
+        return commands.merge(recipe, kept, fresh=fresh, server=server)
 
     _run(work, as_json, lambda found: _show_merge(found))
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from bmm.sources import Inputs, Model
 
 
-def prepare_demo(folder: Path, experts: Literal["four", "all"]) -> Path:
+def prepare_demo(folder: Path, zoo: Literal["text", "vision"], experts: Literal["four", "all"]) -> Path:
     """Make or complete the demo's base, data and experts; return its recipe."""
     from bmm.zoo.layout import prepare
 
-    return prepare(folder, experts)
+    return prepare(folder, experts, zoo=zoo)
 
 
 def init(folder: Path, *, force: bool) -> dict[str, Any]:

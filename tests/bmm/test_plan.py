@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from bmm.errors import OutputError, RecipeError
 from bmm.grams.published import PublishedGrams
 from bmm.pipeline import STAGES
-from bmm.plan import Plan, cached_results, make_plan, require_fit
+from bmm.plan import Plan, cached_results, make_plan, require_fit, tokens_of
 from bmm.recipe import Recipe
 from bmm.sources import fingerprint_inputs
 from bmm.store import Store
@@ -132,3 +133,23 @@ def test_the_worst_shortage_is_named_and_finished_stages_need_nothing(merged: Pa
         require_fit(replace(needy, store_free=1), recipe)
     with pytest.raises(RecipeError, match="of memory"):
         require_fit(replace(needy, memory_total=1, store_free=1), recipe)
+
+
+@pytest.mark.parametrize(
+    ("processor", "tokens"),
+    [
+        (None, 37 * 37 + 1),
+        ("not JSON", 37 * 37 + 1),
+        ({"size": {"height": 56, "width": 42}}, 17),
+        ({"size": 28}, 5),
+        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}, 257),
+        ({"size": {"shortest_edge": 70}, "do_center_crop": False, "crop_size": 224}, 26),
+    ],
+)
+def test_an_image_has_as_many_tokens_as_its_processor_makes(tmp_path: Path, processor: object, tokens: int) -> None:
+    if processor is not None:
+        text = processor if isinstance(processor, str) else json.dumps(processor)
+        (tmp_path / "preprocessor_config.json").write_text(text)
+    task = {"kind": "image-classification", "image": "image"}
+    assert tokens_of(task, {"image_size": 518, "patch_size": 14}, tmp_path) == tokens
+    assert tokens_of({"max_length": 32}, {}, tmp_path) == 32

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.recipe import Recipe
-from bmm.recipe_text import ExpertEntry, recipe_text
+from bmm.recipe_text import ExpertEntry, TextKeys, recipe_text
 
 SPLITS = ("calibration", "validation", "test")
 
@@ -33,8 +33,7 @@ def test_the_text_is_the_recipe_asked_for(
                 f"what a {name} is",
                 f"./experts/{name}",
                 {part: f"{folder}/{name}/{part}.jsonl" for part in SPLITS},
-                max_length,
-                text=column,
+                TextKeys(max_length, text=column),
             )
             for name in names
         ],

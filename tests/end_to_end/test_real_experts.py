@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from bmm.zoo.experts import TrainingSettings
-from bmm.zoo.layout import FOUR, prepare
+from bmm.zoo.layout import prepare
+from bmm.zoo.learners import TextTraining
 from bmm.zoo.splits import SplitSizes
+from bmm.zoo.zoos import TEXT
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     prepare(
         folder,
-        training=TrainingSettings(steps=60),
+        training=TextTraining(steps=60),
         sizes=SplitSizes(calibration=128, validation=100, test=200),
         trials=8,
     )
@@ -58,7 +59,7 @@ def document(demo: Path) -> dict[str, Any]:
 
 
 def test_every_expert_beats_the_base_with_its_head(demo: Path, merged: dict[str, Any]) -> None:
-    for name in FOUR:
+    for name in TEXT.four:
         entry = document(demo)["metrics"]["test"][name]
         assert entry["expert"] > entry["base"] + 0.03, name
 
@@ -88,7 +89,7 @@ def test_the_output_loads_and_answers_as_it_was_measured(demo: Path, merged: dic
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(output)
-    for name in FOUR:
+    for name in TEXT.four:
         head = output / "heads" / f"{name}.safetensors"
         with safe_open(head, framework="pt") as handle:
             config = json.loads(handle.metadata()["config"])
@@ -119,7 +120,7 @@ def test_a_second_merge_finds_every_stage_cached(demo: Path, merged: dict[str, A
 
 def test_the_report_is_one_file_that_fetches_nothing(demo: Path, merged: dict[str, Any]) -> None:
     page = (demo / "merged" / "report.html").read_text(encoding="utf-8")
-    for name in FOUR:
+    for name in TEXT.four:
         assert name in page
     assert page.count("<svg") >= 4
     for outside in ("<script", "src=", "@import", "<link"):

@@ -21,7 +21,7 @@ Place = tuple[Path, Path]
     ("words", "named"),
     [
         ([], ["demo", "init", "plan", "merge", "grams", "eval", "report", "store", "schema"]),
-        (["demo"], ["FOLDER", "--experts", "--json"]),
+        (["demo"], ["FOLDER", "--zoo", "--experts", "--json"]),
         (["init"], ["DIR", "--force", "--json"]),
         (["plan"], ["RECIPE", "--offline", "--store", "--json", "refuse"]),
         (["merge"], ["RECIPE", "--store", "--fresh", "--resume", "--no-server", "--json"]),

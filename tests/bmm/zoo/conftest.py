@@ -1,14 +1,17 @@
-"""A pico base checkpoint with a tokenizer, for the tests of the zoo."""
+"""Pico base checkpoints, one with a tokenizer and one with an image processor, for the tests of the zoo."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
+
+from bmm.zoo.dinov2 import preprocessor
 
 WORDS = ("red", "blue", "warm", "cold", "sea", "sun", "one", "two", "three", "four", "five", "six")
 
@@ -41,4 +44,25 @@ def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         BertModel(config).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico_vision_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Dinov2 encoder for pictures of 8 × 8 pixels in 4 patches."""
+    folder = tmp_path_factory.mktemp("pico-vision") / "base"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Dinov2Config(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            mlp_ratio=2,
+            image_size=16,
+            patch_size=4,
+            use_mask_token=False,
+        )
+        Dinov2Model(config).save_pretrained(folder)
+    document = {**preprocessor(), "size": {"height": 8, "width": 8}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(document))
     return folder

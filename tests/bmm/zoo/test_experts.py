@@ -9,21 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from bmm.digest import digest_file
 from bmm.errors import OutputError
 from bmm.zoo import experts
-from bmm.zoo.experts import TrainingError, TrainingSettings, batches, learning_rate_factor, train_expert
+from bmm.zoo.experts import train_expert
+from bmm.zoo.learners import ImageTraining, TextTraining
+from bmm.zoo.pictures import Picture
+from bmm.zoo.sets import Row
 from bmm.zoo.splits import TaskRows
-from bmm.zoo.text_sets import Row
+from bmm.zoo.training import TrainingError
 
-FEW = TrainingSettings(steps=30, batch_size=4, max_length=8, learning_rate=5e-3, warmup_steps=3)
+FEW = TextTraining(steps=30, batch_size=4, max_length=8, learning_rate=5e-3, warmup_steps=3)
 
 
 def make_rows() -> TaskRows:
     numbers = ("one", "two", "three", "four", "five", "six")
-    rows = [(f"{word} {a} {b}", kind) for a in numbers for b in numbers for word, kind in (("red", "R"), ("blue", "B"))]
+    rows: list[Row] = [
+        (f"{word} {a} {b}", kind) for a in numbers for b in numbers for word, kind in (("red", "R"), ("blue", "B"))
+    ]
     return TaskRows(("B", "R"), rows[:40], rows[40:50], rows[50:60], rows[60:])
 
 
@@ -60,8 +71,8 @@ def test_a_finished_expert_is_not_trained_again(
 ) -> None:
     rows, few, folder = make_rows(), replace(FEW, steps=3), tmp_path / "colours"
     trained = []
-    train = experts._train
-    monkeypatch.setattr(experts, "_train", lambda *given: trained.append(given) or train(*given))
+    train = experts.fine_tune
+    monkeypatch.setattr(experts, "fine_tune", lambda *given: trained.append(given) or train(*given))
     first = train_expert("colours", pico_base, rows, folder, few)
     digest = digest_file(folder / "model.safetensors")
     assert train_expert("colours", pico_base, rows, folder, few) == first
@@ -85,7 +96,7 @@ def test_an_interrupted_training_leaves_no_expert(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experts, "_train", stop)
+    monkeypatch.setattr(experts, "fine_tune", stop)
     with pytest.raises(KeyboardInterrupt):
         train_expert("colours", pico_base, make_rows(), tmp_path / "experts" / "colours", FEW)
     assert list((tmp_path / "experts").iterdir()) == []
@@ -112,19 +123,31 @@ def test_training_leaves_the_callers_random_state_alone(pico_base: Path, tmp_pat
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_batches_visit_every_row_once_a_pass() -> None:
-    rows = [(str(index), "a") for index in range(6)]
-    drawn = list(batches(rows, 4, 6, seed=0))
-    flat = [row for batch in drawn for row in batch]
-    assert [len(batch) for batch in drawn] == [4] * 6
-    for start in range(0, 24, 6):
-        assert sorted(flat[start : start + 6]) == rows
-    assert drawn == list(batches(rows, 4, 6, seed=0)) != list(batches(rows, 4, 6, seed=1))
+def make_pictures() -> TaskRows:
+    """Bright on the left or on the right, with a little of the row's number in it."""
+    rows: list[Row] = []
+    for index in range(80):
+        left, right = (200, 20) if index % 2 else (20, 200)
+        rows.append((Picture("L", 2, 1, bytes([left + index // 2, right])), "left" if index % 2 else "right"))
+    return TaskRows(("left", "right"), rows[:40], rows[40:50], rows[50:60], rows[60:])
 
 
-def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    factors = [learning_rate_factor(step, 20, 5) for step in range(21)]
-    assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert factors[5:] == sorted(factors[5:], reverse=True)
-    assert factors[5] == 1.0
-    assert factors[20] == 0.0
+def test_an_image_expert_is_an_ordinary_checkpoint_and_learns(pico_vision_base: Path, tmp_path: Path) -> None:
+    rows, folder = make_pictures(), tmp_path / "sides"
+    settings = ImageTraining(steps=20, batch_size=8, learning_rate=2e-3, warmup_steps=2)
+    document = train_expert("sides", pico_vision_base, rows, folder, settings, measure=True)
+    assert document["accuracy"]["expert"]["test"] == 1.0
+    model, loading = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert type(model).__name__ == "Dinov2ForImageClassification"
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images = [content.image().convert("RGB") for content, _ in rows.test if isinstance(content, Picture)]
+    pixels = processor(images=images, return_tensors="pt")
+    assert tuple(pixels["pixel_values"].shape) == (20, 3, 8, 8)
+    with torch.inference_mode():
+        answers = model(**pixels).logits.argmax(-1).tolist()
+    assert [model.config.id2label[answer] for answer in answers] == [label for _, label in rows.test]
+    digest = digest_file(folder / "model.safetensors")
+    (folder / "expert.json").unlink()
+    train_expert("sides", pico_vision_base, rows, folder, settings)
+    assert digest_file(folder / "model.safetensors") == digest, "the same inputs give the same bytes"

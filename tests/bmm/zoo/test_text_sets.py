@@ -1,89 +1,24 @@
-"""Readers on tiny archives of the packages' shapes, and what a clean set promises."""
+"""Readers on tiny archives of the packages' shapes."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from made_packages import tar_of, write_zip
 
 from bmm.zoo import text_sets
 from bmm.zoo.packages import PackageError
-from bmm.zoo.text_sets import SOURCES, assemble, fold, rated_rows, read_set
-
-ROWS = st.lists(st.tuples(st.text(max_size=8), st.sampled_from("abc")), max_size=60)
-
-
-def write_zip(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
+from bmm.zoo.sets import LabelledSet
+from bmm.zoo.text_sets import SOURCES, rated_rows
 
 
-def tar_of(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+def read_set(name: str, archive: Path) -> LabelledSet:
+    return SOURCES[name].labelled_set(name, archive)
 
 
 def orange(rows: list[tuple[str, str]]) -> bytes:
     return ("Category\tText\nd\tstring\nclass\t\n" + "".join(f"{a}\t{b}\n" for a, b in rows)).encode()
-
-
-@given(st.text(max_size=40))
-def test_folding_is_idempotent_and_leaves_no_control_character(text: str) -> None:
-    once = fold(text)
-    assert fold(once) == once == once.strip()
-    assert not any(ord(character) < 32 or 0x7F <= ord(character) <= 0x9F for character in once)
-    assert "  " not in once
-
-
-def test_folding_keeps_words_apart() -> None:
-    assert fold(" a\x00b\t\r\n\ufffd c\u200bd\u00a0e é ") == "a b c d e é"
-
-
-@given(ROWS, st.none() | ROWS)
-@settings(max_examples=25, deadline=None)
-def test_a_set_has_no_repeats_and_its_parts_are_disjoint(
-    train: list[tuple[str, str]], held_out: list[tuple[str, str]] | None
-) -> None:
-    made = assemble("any", train, held_out)
-    texts = [text for text, _ in made.train + made.held_out]
-    assert len(set(texts)) == len(texts)
-    assert all(text and fold(text) == text for text in texts)
-    assert {label for _, label in made.train} == set(made.labels)
-    assert {label for _, label in made.held_out} <= set(made.labels)
-    assert made == assemble("any", list(train), held_out)
-
-
-@given(ROWS)
-@settings(max_examples=25, deadline=None)
-def test_holding_out_loses_no_row_and_takes_its_share_of_each_class(rows: list[tuple[str, str]]) -> None:
-    made = assemble("any", rows, None)
-    first: dict[str, str] = {}
-    for text, label in rows:
-        if fold(text):
-            first.setdefault(fold(text), label)
-    assert dict(made.train) | dict(made.held_out) == first
-    counts, held = Counter(first.values()), Counter(label for _, label in made.held_out)
-    for label, count in counts.items():
-        assert held[label] == int(count * text_sets.HELD_OUT_SHARE)
-
-
-def test_the_first_of_equal_texts_keeps_its_label() -> None:
-    made = assemble("any", [("a  b", "x"), ("a b", "y"), ("c", "y")], [("a\tb", "x"), ("d", "y")])
-    assert made.train == [("a b", "x"), ("c", "y")]
-    assert made.held_out == [("d", "y")]
 
 
 def test_orange_tables(tmp_path: Path) -> None:
