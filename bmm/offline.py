@@ -11,14 +11,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 from bmm.anchors.settings import CheckpointAnchorSettings
 from bmm.checkpoint.resolve import scheme_of
 from bmm.errors import CheckpointError, DataError
+from bmm.estimate import StagePlan, estimate_stages, worker_shortage
 from bmm.evaluation.data import source_files
 from bmm.hub import hub_id
-from bmm.kinds.settings import SplitSource
+from bmm.kinds.settings import DEFAULT_KIND, SplitSource
+from bmm.outline import outline_of_config, read_config
 from bmm.recipe import Recipe
 from bmm.sources import check_output
 
@@ -68,10 +71,38 @@ def check_offline(recipe: Recipe) -> Findings:
     return Findings(tuple(checked), tuple(warnings), tuple(_unknown(recipe, bool(hub_models), bool(hub_data))))
 
 
-def base_config_name(recipe: Recipe) -> str | None:
-    """Return what a file with the base's config.json is called beside a recipe, or None if the base is not on a hub."""
+def known_config(recipe: Recipe) -> Path | None:
+    """Return where the base's configuration is on this machine: in its folder, or kept beside the recipe; or None.
+
+    `configs/OWNER--NAME.json` beside the recipe stands for the config.json of the hub's OWNER/NAME.
+    """
     found = hub_id(recipe.base_model)
-    return None if found is None else found.repository.replace("/", "--") + ".json"
+    places = [recipe.resolve(recipe.base_model) / "config.json"]
+    if found is not None:
+        places.append(recipe.folder / "configs" / f"{found.repository.replace('/', '--')}.json")
+    return next((place for place in places if place.is_file()), None)
+
+
+def estimate_offline(recipe: Recipe, config: Path) -> tuple[tuple[StagePlan, ...], int]:
+    """Return what each stage needs, and the bytes of the output, from a configuration instead of a checkpoint.
+
+    Raises:
+        CheckpointError: the configuration describes no model that transformers has for the recipe's tasks.
+        RecipeError: a Gram worker needs more memory than the recipe allows it.
+    """
+    from bmm.kinds.registry import kind_of
+
+    kind = kind_of(recipe.experts[0].task.kind if recipe.experts[0].task else DEFAULT_KIND)
+    outline = outline_of_config(read_config(config), kind.architecture, str(config))
+    # Without a task there are no rows either.
+    tokens = [
+        outline.tokens(expert.task.model_dump(), recipe.resolve(expert.model)) if expert.task else 0
+        for expert in recipe.experts
+    ]
+    stages = estimate_stages(recipe, outline, tokens)
+    if (shortage := worker_shortage(stages, recipe)) is not None:
+        raise shortage[1]
+    return stages, outline.stored_bytes
 
 
 def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -115,6 +115,10 @@ def plan(
     offline: Annotated[
         bool, typer.Option("--offline", help="check all that can be known without the network, weights or rows")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="with --offline: the base's config.json, for what the merge will take"),
+    ] = None,
     store: StoreOption = None,
     fresh: FreshOption = False,
     as_json: JsonOption = False,
@@ -124,7 +128,9 @@ def plan(
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.plan_offline(recipe) if offline else commands.plan(recipe, store, fresh=fresh)
+        if config is not None and not offline:
+            raise UserError("--config is for --offline; without it the base itself is asked")
+        return commands.plan_offline(recipe, config) if offline else commands.plan(recipe, store, fresh=fresh)
 
     def show(found: dict[str, Any]) -> None:
         from flows.show import offline_summary, plan_table

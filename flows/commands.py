@@ -44,11 +44,28 @@ def plan(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
     return made.to_json()
 
 
-def plan_offline(path: Path) -> dict[str, Any]:
-    """Check a recipe without the network, and say what that leaves open."""
-    from bmm.offline import check_offline
+def plan_offline(path: Path, config: Path | None) -> dict[str, Any]:
+    """Check a recipe without the network, say what that leaves open, and estimate from the base's configuration."""
+    from bmm.offline import check_offline, estimate_offline, known_config
 
-    return {"recipe": str(path), **asdict(check_offline(_recipe(path)))}
+    recipe = _recipe(path)
+    found: dict[str, Any] = {"recipe": str(path), **asdict(check_offline(recipe)), "estimate": None}
+    known = config or known_config(recipe)
+    if known is None:
+        found["not_checked"] = [
+            "how much memory and disk it takes, for want of the base's configuration (name it with --config)",
+            *found["not_checked"],
+        ]
+        return found
+    stages, output_bytes = estimate_offline(recipe, known)
+    found["estimate"] = {
+        "config": str(known),
+        "stages": [asdict(stage) for stage in stages],
+        "disk_bytes": sum(stage.disk_bytes for stage in stages),
+        "memory_bytes": max(stage.memory_bytes for stage in stages),
+        "output_bytes": output_bytes,
+    }
+    return found
 
 
 def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -51,33 +51,39 @@ def plan_table(found: Mapping[str, Any]) -> Table:
         f"{readable_bytes(found['output_bytes'])} for the output; "
         f"memory {readable_bytes(found['memory_bytes'])} of {readable_bytes(free['memory'])}"
     )
-    table.add_column("stage")
-    table.add_column("state")
-    table.add_column("disk", justify="right")
-    table.add_column("memory", justify="right")
-    table.add_column("")
+    _stage_columns(table, ("stage", "state", "disk", "memory", ""))
     for stage in found["stages"]:
         if stage["cached"]:
             table.add_row(stage["stage"], "[green]cached[/green]", "", "", "")
         else:
-            table.add_row(
-                stage["stage"],
-                "to do",
-                readable_bytes(stage["disk_bytes"]),
-                readable_bytes(stage["memory_bytes"]),
-                stage["note"],
-            )
+            table.add_row(stage["stage"], "to do", *_needs(stage))
     return table
 
 
 def offline_summary(found: Mapping[str, Any]) -> list[RenderableType]:
-    """Return what is known of a recipe without the network, and what is not."""
-    marks = (
-        ("checked", "[green]holds[/green]  "),
-        ("warnings", "[yellow]doubt[/yellow]  "),
-        ("not_checked", "[dim]open[/dim]   "),
-    )
-    return [f"{mark}{escape(line)}" for key, mark in marks for line in found[key]]
+    """Return what is known of a recipe without the network, what is not, and the estimate if there is one."""
+    marks = {"checked": "[green]holds[/green]", "warnings": "[yellow]doubt[/yellow]", "not_checked": "[dim]open [/dim]"}
+    lines: list[RenderableType] = [f"{mark}  {escape(line)}" for key, mark in marks.items() for line in found[key]]
+    estimate = found["estimate"]
+    if estimate is not None:
+        disk, output, memory = (readable_bytes(estimate[f"{what}_bytes"]) for what in ("disk", "output", "memory"))
+        table = _table(
+            f"disk {disk} in the store, {output} for the output; memory {memory}; from {escape(estimate['config'])}"
+        )
+        _stage_columns(table, ("stage", "disk", "memory", ""))
+        for stage in estimate["stages"]:
+            table.add_row(stage["stage"], *_needs(stage))
+        lines += ["", table]
+    return lines
+
+
+def _stage_columns(table: Table, names: Sequence[str]) -> None:
+    for name in names:
+        table.add_column(name, justify="right" if name in ("disk", "memory") else "left")
+
+
+def _needs(stage: Mapping[str, Any]) -> tuple[str, str, str]:
+    return readable_bytes(stage["disk_bytes"]), readable_bytes(stage["memory_bytes"]), stage["note"]
 
 
 def gram_table(found: Mapping[str, Any]) -> Table:

@@ -22,6 +22,7 @@ def label_ids(
     *,
     numbers: Sequence[int] | None = None,
     feature: Sequence[str] | None = None,
+    in_order: bool = False,
 ) -> list[int]:
     """Return the class id of every value of a label column.
 
@@ -37,13 +38,15 @@ def label_ids(
         where: begins every message: expert, split and file.
         numbers: (rows,) row numbers for messages, counted from 1; defaults to 1, 2, ….
         feature: the column's own class names, where it has them (`datasets.ClassLabel`).
+        in_order: `labels` are other words for the column's classes, in the same order: where the names do not match,
+            the column's ids count, if there are as many.
 
     Raises:
         DataError: a row without a label, or with one that the expert's classes do not have.
     """
     numbers = range(1, len(values) + 1) if numbers is None else numbers
     if feature is not None:
-        values = _unfold(values, feature, labels)
+        values = _unfold(values, feature, labels, in_order=in_order)
     find = _finder(labels)
     numbered_otherwise = _numbered_otherwise(labels)
     ids = []
@@ -85,13 +88,16 @@ def label_ids(
     return ids
 
 
-def _unfold(values: Sequence[object], feature: Sequence[str], labels: Sequence[str]) -> list[object]:
+def _unfold(values: Sequence[object], feature: Sequence[str], labels: Sequence[str], *, in_order: bool) -> list[object]:
     """Turn the ids of a class feature into class names, or leave them ids where names would say nothing."""
     # datasets marks an unlabelled row of a class feature with -1.
     ids = [value if isinstance(value, int) and value >= 0 else None for value in values]
     find = _finder(labels)
-    matched = all(find(feature[value]) is not None for value in ids if value is not None)
-    if not matched and (_generic(labels) or _generic(feature)):
+    # What other words stand for is told by all classes, not by those that happen to occur in the rows.
+    named = feature if in_order else [feature[value] for value in ids if value is not None]
+    matched = all(find(name) is not None for name in named)
+    same_order = in_order and len(feature) == len(labels)
+    if not matched and (same_order or _generic(labels) or _generic(feature)):
         return list(ids)
     return [None if value is None else feature[value] for value in ids]
 

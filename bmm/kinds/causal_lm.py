@@ -24,8 +24,9 @@ from bmm.evaluation.scores import Metric, Statistics, ratio, share, share_score
 from bmm.evaluation.tokens import TokenisedRows, load_tokenizer, quiet_transformers
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import CausalLM, SplitSource
-from bmm.kinds.texts import check_texts, folded, probe_tokens
+from bmm.kinds.texts import check_texts, folded
 
+_PROBE_TOKENS = 8
 # Logits of a vocabulary are large: as many rows at a time as stay below this.
 _LOGIT_BYTES = 512 * 2**20
 
@@ -136,7 +137,8 @@ class CausalLMKind(Kind):
     @override
     def probe(self, model: TaskModel) -> dict[str, Tensor]:
         """Return a few tokens."""
-        return probe_tokens()
+        tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def _module(self, config: Mapping[str, Any], task: str) -> Any:
         module = build_module(config, self.architecture, task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import override
@@ -27,6 +27,7 @@ class ImageClassificationKind(Kind):
     name = "image-classification"
     architecture = Architecture("AutoModelForImageClassification", "image classifier")
     metrics = CLASSIFICATION
+    _classes_in_order: ClassVar[bool] = False
 
     @override
     def load_split(
@@ -40,6 +41,7 @@ class ImageClassificationKind(Kind):
             columns.spot,
             numbers=columns.numbers,
             feature=getattr(columns.features["label"], "names", None),
+            in_order=self._classes_in_order,
         )
         return Split(where, decoded_images(columns, ids, folder))
 

@@ -12,15 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bmm.digest import canonical_json, digest_text
 from bmm.errors import CheckpointError, DataError
 from bmm.evaluation.data import Columns
 from bmm.evaluation.tokens import TokenisedRows, load_tokenizer, tokenised_rows
-
-_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,6 @@ class TextRow:
     def document(self) -> dict[str, Any]:
         """Return the row as plain JSON values."""
         return {"text": self.text, "text_pair": self.text_pair, "label": self.label}
-
-
-def probe_tokens() -> dict[str, Tensor]:
-    """Return a few tokens, for a model whose weights may be anything."""
-    tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def folded(text: str | None) -> str | None:
@@ -104,9 +95,9 @@ class TextReader:
     """
 
     def __init__(self, folder: Path, max_length: int, module: Any, encoder: Any, task: str) -> None:
-        self.tokenizer = load_tokenizer(folder)
-        self.folder = folder
-        self.max_length = max_length
+        self._tokenizer = load_tokenizer(folder)
+        self._folder = folder
+        self._max_length = max_length
         self._module = module
         self._encoder = encoder
         self._task = task
@@ -118,30 +109,19 @@ class TextReader:
             DataError: a row becomes no tokens, or more than the model has positions for.
             CheckpointError: the tokenizer has tokens that the model does not.
         """
-        tokenised = tokenised_rows(self.tokenizer, rows, self.max_length, self.refused())
-        self.check(tokenised, [row.text for row in rows])
-        return tokenised
-
-    def refused(self) -> set[str]:
-        """Return the inputs that tokenizers make and this model does not take."""
         accepted = inspect.signature(self._module.forward).parameters
         types = getattr(self._module.config, "type_vocab_size", 2)
         # A model of one token type assumes it when told nothing, and fails when told of a second one.
-        return {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
-
-    def check(self, tokenised: TokenisedRows, texts: Sequence[str]) -> None:
-        """Refuse rows that the model could not take; `texts` are theirs, for messages.
-
-        Raises:
-            DataError: a row becomes no tokens, or more than the model has positions for.
-            CheckpointError: the tokenizer has tokens that the model does not.
-        """
+        refused = {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
+        tokenised = tokenised_rows(self._tokenizer, rows, self._max_length, refused)
         if not len(tokenised):
-            return
+            return tokenised
         lengths = tokenised.lengths
         if min(lengths) == 0:
-            text = texts[lengths.index(0)]
-            raise DataError(f"{self._task}: the tokenizer in {self.folder} makes no token of the text {text[:60]!r}")
+            row = rows[lengths.index(0)]
+            raise DataError(
+                f"{self._task}: the tokenizer in {self._folder} makes no token of the text {row.text[:60]!r}"
+            )
         positions = _positions(self._encoder)
         if positions is not None and max(lengths) > positions:
             raise DataError(
@@ -152,9 +132,10 @@ class TextReader:
         largest = max(max(ids) for ids in tokenised.columns["input_ids"])
         if largest >= vocabulary:
             raise CheckpointError(
-                f"{self._task}: the tokenizer in {self.folder} gives the token {largest}, but the model has "
+                f"{self._task}: the tokenizer in {self._folder} gives the token {largest}, but the model has "
                 f"only {vocabulary} tokens; use the tokenizer that the model was trained with"
             )
+        return tokenised
 
 
 def _positions(encoder: nn.Module) -> int | None:

@@ -23,7 +23,7 @@ Place = tuple[Path, Path]
         ([], ["demo", "init", "plan", "merge", "grams", "eval", "report", "store", "schema"]),
         (["demo"], ["FOLDER", "--zoo", "--experts", "--json"]),
         (["init"], ["DIR", "--force", "--json"]),
-        (["plan"], ["RECIPE", "--offline", "--store", "--json", "refuse"]),
+        (["plan"], ["RECIPE", "--offline", "--config", "--store", "--json", "refuse"]),
         (["merge"], ["RECIPE", "--store", "--fresh", "--resume", "--no-server", "--json"]),
         (["grams"], ["RECIPE", "--output", "--store", "--json", "Gram"]),
         (["eval"], ["MODEL", "RECIPE", "--split", "--samples", "--seed", "--json"]),
@@ -52,6 +52,13 @@ def test_an_offline_plan_says_what_holds_and_what_is_open(pico: Path, bmm_here: 
     assert found["not_checked"]
     said = bmm_here("plan", "--offline", recipe)
     assert (said.code, "holds" in said.out, "open" in said.out) == (0, True, True)
+    assert "a walk" in said.out
+    assert [stage["stage"] for stage in found["estimate"]["stages"]] == list(STAGES)
+    config = pico / "wide.json"
+    config.write_text((pico / "base" / "config.json").read_text().replace('"hidden_size": 16', '"hidden_size": 64'))
+    wider = bmm_here("plan", "--offline", "--config", config, recipe, "--json").document["estimate"]
+    assert wider["disk_bytes"] > 2 * found["estimate"]["disk_bytes"]
+    assert bmm_here("plan", "--config", config, recipe).code == 2
     recipe.write_text(recipe.read_text().replace("./experts/task1", "./experts/task9"))
     said = bmm_here("plan", "--offline", recipe)
     assert said.code == 2

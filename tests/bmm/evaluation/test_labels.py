@@ -80,3 +80,16 @@ def test_class_features_of_other_names_are_refused() -> None:
 def test_unlabelled_rows_of_a_class_feature_are_refused() -> None:
     with pytest.raises(DataError, match="row 1 has no label"):
         label_ids([-1], NEWS, "news", feature=NEWS)
+
+
+def test_other_words_for_the_same_classes_go_by_their_order() -> None:
+    names = ["polka_dotted", "blotchy_texture"]
+    sentences = ["polka-dotted", "blotchy"]
+    assert label_ids([1, 0], sentences, "here", feature=names, in_order=True) == [1, 0]
+    assert label_ids([1, 0], sentences, "here", feature=["blotchy", "polka-dotted"], in_order=True) == [0, 1]
+    # That the only class that occurs is called by the other's word says nothing.
+    assert label_ids([0], ["a", "b"], "here", feature=["b", "c"], in_order=True) == [0]
+    with pytest.raises(DataError, match="which is none of the expert's classes"):
+        label_ids([1, 0], sentences, "here", feature=[*names, "banded"], in_order=True)
+    with pytest.raises(DataError, match="which is none of the expert's classes"):
+        label_ids([1, 0], sentences, "here", feature=names)

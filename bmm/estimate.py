@@ -1,0 +1,158 @@
+"""How much memory and disk each stage of a merge takes, from the outline of its base and the recipe alone.
+
+No weight is read, and nothing is measured. The walk of propagated regression and the Gram stage are estimated from
+the sizes of the linear maps' inputs; how exact that is, is measured by the benchmarks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from bmm.errors import RecipeError
+from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams
+from bmm.outline import Outline
+from bmm.recipe import ExpertSource, Recipe
+from bmm.sizes import parse_bytes, readable_bytes
+
+_FLOAT32, _FLOAT64 = 4, 8
+# What Python, torch and transformers take before a weight is loaded (measured: about 450 MiB a process).
+_PROCESS_BYTES = 450 * 2**20
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: whether it is done, what it writes to the store, and the memory that it needs at its peak.
+
+    `worker_bytes` is the part of that memory which one Dask worker needs; 0 where none works.
+    """
+
+    stage: str
+    cached: bool
+    disk_bytes: int
+    memory_bytes: int
+    note: str = ""
+    worker_bytes: int = 0
+
+
+def estimate_stages(
+    recipe: Recipe, outline: Outline, tokens: Sequence[int], done: Collection[str] = ()
+) -> tuple[StagePlan, ...]:
+    """Return what each stage needs.
+
+    Args:
+        recipe: what is asked for.
+        outline: of the base's encoder.
+        tokens: of a row of each expert's, at most.
+        done: stages that need not run.
+    """
+    matrices = outline.matrices.values()
+    sizes = outline.gram_sizes
+    experts = len(recipe.experts)
+    gram = sum(size**2 for size in sizes) * _FLOAT64
+    solved = sum(number * outputs * inputs for number, outputs, inputs in matrices) * _FLOAT64
+    factors = gram + solved
+    model = outline.weights * _FLOAT32
+    grams = _grams(recipe, model, gram)
+    walk_workers, walk_each = _walk(recipe, outline, tokens)
+    # The moments of every layer go to the store.
+    walk_disk = factors if walk_workers else 0
+    search_memory = _PROCESS_BYTES + 4 * model + factors + gram // max(len(sizes), 1) * experts
+    compared = len(recipe.evaluation.compare)
+    # Gradients are summed in float64, beside the model and one row's own.
+    fishers, fisher_memory = experts * model, 4 * model
+    anchored = fishers if recipe.anchor.method == "fisher" else 0
+    if "fisher" in recipe.evaluation.compare and not anchored:
+        compared += experts
+    walk_note = f"a walk, {_workers(walk_workers, walk_each)}" if walk_workers else "each map on its own"
+    return tuple(
+        replace(stage, cached=stage.stage in done)
+        for stage in (
+            StagePlan("experts", False, 0, _PROCESS_BYTES + model),
+            StagePlan("task-vectors", False, 0, _PROCESS_BYTES),
+            grams,
+            StagePlan(
+                "anchor",
+                False,
+                model * (2 if recipe.anchor.chooses_scale else 1) + anchored,
+                _PROCESS_BYTES + model + (fisher_memory if anchored else 0),
+            ),
+            StagePlan(
+                "search",
+                False,
+                outline.stored_bytes + walk_disk,
+                max(search_memory, _PROCESS_BYTES + 2 * model + walk_workers * walk_each),
+                walk_note,
+                # A single share is walked in the merge's own process.
+                walk_each if walk_workers > 1 else 0,
+            ),
+            StagePlan(
+                "evaluate",
+                False,
+                model * compared,
+                _PROCESS_BYTES + max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
+            ),
+            StagePlan("publish", False, outline.stored_bytes, _PROCESS_BYTES),
+        )
+    )
+
+
+def worker_shortage(stages: Sequence[StagePlan], recipe: Recipe) -> tuple[float, RecipeError] | None:
+    """Return how many times the recipe's limit a worker needs, and the error that says so; None if each fits."""
+    neediest = max((stage for stage in stages if not stage.cached), key=lambda stage: stage.worker_bytes, default=None)
+    limit = parse_bytes(recipe.cluster.memory_limit)
+    if neediest is None or neediest.worker_bytes <= limit:
+        return None
+    needed = readable_bytes(neediest.worker_bytes)
+    message = (
+        f"'cluster.memory_limit' is {readable_bytes(limit)}, but a worker of the stage '{neediest.stage}' needs "
+        f"{needed}; raise it"
+    )
+    return neediest.worker_bytes / limit, RecipeError(message)
+
+
+def _grams(recipe: Recipe, model: int, gram: int) -> StagePlan:
+    """Return what the Gram stage needs.
+
+    Args:
+        recipe: says where the matrices come from.
+        model: bytes of one model in memory.
+        gram: bytes of one expert's matrices.
+    """
+    experts, settings = len(recipe.experts), recipe.grams
+    match settings:
+        case TaskVectorGrams():
+            return StagePlan("grams", False, gram * experts, _PROCESS_BYTES + gram, "from the task vectors, no data")
+        case ArtifactGrams():
+            return StagePlan("grams", False, gram * experts, _PROCESS_BYTES, "made elsewhere, copied")
+    shards = sum(math.ceil(_calibration_rows(expert) / settings.shard_rows) for expert in recipe.experts)
+    copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
+    workers, each = recipe.cluster.workers, _PROCESS_BYTES + model + 2 * gram
+    note = f"{shards} shards, {_workers(workers, each)}"
+    return StagePlan("grams", False, gram * (copies + shards), workers * each, note, each)
+
+
+def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int]:
+    """Return how many workers walk through the network, none without a walk, and what the largest share needs.
+
+    A worker holds the merged model, one expert, and its own tasks' activations.
+    """
+    if recipe.regression.mode != "propagated":
+        return 0, 0
+    rows = [_calibration_rows(expert) * most for expert, most in zip(recipe.experts, tokens, strict=True)]
+    count = min(recipe.cluster.workers, len(rows))
+    bounds = [len(rows) * share // count for share in range(count + 1)]
+    largest = max(sum(rows[low:high]) for low, high in pairwise(bounds))
+    return count, _PROCESS_BYTES + (2 * outline.weights + largest * outline.walk_floats) * _FLOAT32
+
+
+def _workers(count: int, each: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}, each needs {each / 2**30:.1f} GiB"
+
+
+def _calibration_rows(expert: ExpertSource) -> int:
+    """Return how many calibration rows an expert has, or about how many, where only its file knows."""
+    source = expert.splits().get("calibration")
+    return 0 if source is None else source.rows or 256

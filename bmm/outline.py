@@ -1,0 +1,174 @@
+"""What decides how much a merge takes: the encoder's parameters by name and shape, and how many tokens a row has.
+
+Read from a checkpoint's headers or, without any checkpoint, from a `config.json`: then transformers builds the model
+without weights. Which parameters are linear maps, and which of them share an input, is told by name here, so that no
+forward pass is needed; what is merged is decided by `bmm.modules.linear`, which looks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmm.checkpoint.architecture import Architecture, encoder_names
+from bmm.checkpoint.reader import Checkpoint
+from bmm.errors import CheckpointError
+from bmm.kinds.settings import PROCESSOR
+
+_PATCHES = re.compile(r"patch_embed")
+_NOT_MAPS = re.compile(r"embed|(^|\.)(wte|wpe|conv\d?)\.|relative_attention_bias")
+_TRANSPOSED = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+# Read what another map, which stands for them all, reads too.
+_FOLLOWERS = re.compile(
+    r"(^|\.)(key|value|key_proj|[kv]_lin|[kv]_proj|up_proj|wi_1|(Self|EncDec)Attention\.[kv])(\.weight)?$"
+)
+_LAYER = re.compile(r".*?(^|\.)(layers?|blocks?|block|h|transformer)\.\d+\.")
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """An encoder without its weights.
+
+    Attributes:
+        shapes: canonical name -> shape, of every parameter.
+        stored_bytes: of all of them, as they are stored.
+        config: the base's configuration.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    stored_bytes: int
+    config: Mapping[str, Any]
+
+    @property
+    def weights(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int, int]]:
+        """Linear maps by the name of their parameter, as `(number, outputs, inputs)`; one parameter may hold many."""
+        found = {}
+        for name, shape in self.shapes.items():
+            if len(shape) < 2 or (_NOT_MAPS.search(name) and not _PATCHES.search(name)):
+                continue
+            if len(shape) == 3 and not _PATCHES.search(name):
+                found[name] = shape
+            elif _TRANSPOSED.search(name):
+                found[name] = (1, shape[1], shape[0])
+            else:
+                found[name] = (1, shape[0], math.prod(shape[1:]))
+        return found
+
+    @property
+    def gram_sizes(self) -> list[int]:
+        """Inputs of each distinct input's Gram matrix."""
+        return [
+            inputs
+            for name, (number, _, inputs) in self.matrices.items()
+            if number > 1 or not _FOLLOWERS.search(name)
+            for _ in range(number)
+        ]
+
+    @property
+    def walk_floats(self) -> int:
+        """Numbers that the walk of propagated regression keeps of each token: one layer's answers, and three streams.
+
+        The streams are the expert's before and after the layer, and the merged model's.
+        """
+        layers: dict[str, list[tuple[int, int, int]]] = {}
+        for name, matrix in self.matrices.items():
+            found = _LAYER.match(name)
+            layers.setdefault(found[0] if found else name, []).append(matrix)
+        return max(
+            (
+                sum(outputs for number, outputs, _ in layer if number == 1) + 3 * min(inputs for *_, inputs in layer)
+                for layer in layers.values()
+            ),
+            default=0,
+        )
+
+    def tokens(self, task: Mapping[str, Any], folder: Path | None = None) -> int:
+        """Return how many tokens a row of a task has at most: as many as it is cut to, or as an image has patches.
+
+        An image is as large as the image processor in the expert's `folder` makes it, else as the model was made for.
+        """
+        if "max_length" in task:
+            return int(task["max_length"])
+        vision = self.config.get("vision_config") or self.config
+        image, patch = (vision.get(name) or default for name, default in (("image_size", 224), ("patch_size", 16)))
+        sides = [max(size) if isinstance(size, list) else int(size) for size in (image, patch)]
+        return (((folder and _processed_side(folder)) or sides[0]) // sides[1]) ** 2 + 1
+
+
+def _processed_side(folder: Path) -> int | None:
+    """Return the longest side of the images that a folder's image processor makes, None where it does not say."""
+    try:
+        document = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    size = document.get("crop_size" if document.get("do_center_crop") else "size")
+    given = size.values() if isinstance(size, dict) else [size]
+    return max((side for side in given if isinstance(side, int)), default=None)
+
+
+def outline_of(base: Checkpoint, architecture: Architecture) -> Outline:
+    """Return the outline of a checkpoint, from its headers."""
+    names = encoder_names(base, architecture.prefix(base.config))
+    infos = {name: base.info(stored) for name, stored in names.items()}
+    return Outline(
+        {name: info.shape for name, info in infos.items()}, sum(info.nbytes for info in infos.values()), base.config
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what a config.json says.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"the configuration {path} cannot be read: {error.strerror}; name a config.json"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"the configuration {path} is not JSON: {error}; correct it") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"the configuration {path} must be a JSON object such as a model's config.json")
+    return value
+
+
+def outline_of_config(config: Mapping[str, Any], architecture: Architecture, where: str) -> Outline:
+    """Return the outline of the model that a configuration describes.
+
+    Args:
+        config: as in config.json.
+        architecture: of the first expert's task.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: transformers has no such model.
+    """
+    import torch
+    import transformers
+
+    architecture.prefix(dict(config))
+    inner = architecture.encoder_config(dict(config))
+    auto_class = architecture.auto_class if architecture.whole else "AutoModel"
+    try:
+        settings = transformers.CONFIG_MAPPING[inner["model_type"]].from_dict(inner)
+        with torch.device("meta"):
+            model = getattr(transformers, auto_class).from_config(settings, trust_remote_code=False)
+    except Exception as error:
+        # Each architecture checks its config in its own way, so any exception can mean an impossible value.
+        raise CheckpointError(f"{where} does not describe a model: {' '.join(str(error).split())[:200]}") from error
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    each = _BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+    return Outline(shapes, each * sum(math.prod(shape) for shape in shapes.values()), config)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmm.errors import RecipeError
+from bmm.estimate import StagePlan, estimate_stages, worker_shortage
+from bmm.offline import estimate_offline, known_config
+from bmm.outline import Outline
+from bmm.pipeline import STAGES
+from bmm.plan import make_plan
+from bmm.recipe import Recipe
+from bmm.sources import fingerprint_inputs
+from bmm.store import Store
+
+Edit = Callable[..., Path]
+# One layer: query, key and value read one input; 8 wide, 32 inside.
+SHAPES = {
+    "embeddings.weight": (100, 8),
+    "layer.0.attention.self.query.weight": (8, 8),
+    "layer.0.attention.self.key.weight": (8, 8),
+    "layer.0.attention.self.value.weight": (8, 8),
+    "layer.0.attention.output.dense.weight": (8, 8),
+    "layer.0.intermediate.dense.weight": (32, 8),
+    "layer.0.output.dense.weight": (8, 32),
+    "layer.0.output.dense.bias": (8,),
+}
+GRAM = 8 * (3 * 8**2 + 32**2)
+SOLVED = 8 * (4 * 8 * 8 + 2 * 8 * 32)
+MODEL = 4 * (100 * 8 + 4 * 8 * 8 + 2 * 8 * 32 + 8)
+
+
+def stages(pico: Path, **changes: Any) -> dict[str, StagePlan]:
+    recipe = Recipe.from_mapping({**Recipe.from_yaml(pico / "recipe.yaml").document(), **changes}, folder=pico)
+    outline = Outline(SHAPES, MODEL, {})
+    found = estimate_stages(recipe, outline, [10] * len(recipe.experts), ("experts",))
+    return {stage.stage: stage for stage in found}
+
+
+def calibrated(pico: Path, rows: int) -> list[dict[str, Any]]:
+    experts = Recipe.from_yaml(pico / "recipe.yaml").document()["experts"]
+    for expert in experts:
+        expert["task"]["calibration"]["rows"] = rows
+    return list(experts)
+
+
+def test_every_byte_of_a_layer_is_accounted_for(pico: Path) -> None:
+    found = stages(pico, grams={"source": "task-vectors"}, regression={"mode": "module-wise"})
+    assert list(found) == list(STAGES)
+    assert [name for name, stage in found.items() if stage.cached] == ["experts"]
+    assert found["grams"].disk_bytes == 3 * GRAM
+    assert found["publish"].disk_bytes == MODEL
+    assert found["search"].disk_bytes == MODEL
+    assert "each map on its own" in found["search"].note
+
+
+@pytest.mark.parametrize(("workers", "tasks"), [(1, 3), (2, 2), (3, 1), (9, 1)])
+def test_the_walk_keeps_a_layer_of_every_row_where_the_expert_is(pico: Path, workers: int, tasks: int) -> None:
+    few, many = (
+        stages(
+            pico,
+            regression={"mode": "propagated"},
+            experts=calibrated(pico, rows),
+            cluster={"workers": workers, "memory_limit": "99GiB"},
+        )["search"]
+        for rows in (2 * 10**5, 4 * 10**5)
+    )
+    assert few.disk_bytes == many.disk_bytes == MODEL + GRAM + SOLVED
+    assert f"{min(workers, 3)} worker" in few.note
+    # Answers of six maps and three streams, of rows of ten tokens, in float32; three experts shared out.
+    grown = 4 * (4 * 8 + 32 + 8 + 3 * 8) * 10 * 2 * 10**5
+    assert many.memory_bytes - few.memory_bytes == grown * tasks * min(workers, 3)
+    assert many.worker_bytes - few.worker_bytes == (grown * tasks if workers > 1 else 0)
+
+
+def test_shards_and_workers_follow_the_rows(pico: Path) -> None:
+    found = stages(pico, experts=calibrated(pico, 24), grams={"shard_rows": 12}, cluster={"workers": 3})["grams"]
+    assert "6 shards, 3 workers" in found.note
+    assert found.disk_bytes == (3 + 6) * GRAM
+
+
+def test_a_worker_over_its_limit_is_said_so(pico: Path) -> None:
+    recipe = Recipe.from_yaml(pico / "recipe.yaml")
+    made = estimate_stages(recipe, Outline(SHAPES, MODEL, {}), [10] * 3)
+    assert worker_shortage(made, recipe) is None
+    tight = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"memory_limit": "100MiB"})})
+    found = worker_shortage(made, tight)
+    assert found is not None
+    times, error = found
+    assert times > 4
+    assert "'cluster.memory_limit' is 100 MiB" in str(error)
+    done = [replace(stage, cached=True) for stage in made]
+    assert worker_shortage(done, tight) is None
+
+
+@pytest.mark.parametrize("source", ["task-vectors", "artifact"])
+def test_what_no_worker_does_has_no_limit(pico: Path, source: str) -> None:
+    grams = {"source": source} | ({"path": "grams"} if source == "artifact" else {})
+    found = stages(pico, grams=grams, regression={"mode": "module-wise"}, cluster={"memory_limit": "1MiB"})
+    assert {stage.worker_bytes for stage in found.values()} == {0}
+
+
+def test_offline_and_online_agree(pico: Path, edit_recipe: Edit) -> None:
+    recipe = Recipe.from_yaml(pico / "recipe.yaml")
+    config = known_config(recipe)
+    assert config == pico / "base" / "config.json"
+    offline, output_bytes = estimate_offline(recipe, config)
+    online = make_plan(recipe, fingerprint_inputs(recipe), Store(pico / "store"))
+    assert (offline, output_bytes) == (online.stages, online.output_bytes)
+    edit_recipe(pico, cluster={"memory_limit": "100MiB"})
+    with pytest.raises(RecipeError, match="memory_limit"):
+        estimate_offline(Recipe.from_yaml(pico / "recipe.yaml"), config)
