@@ -38,7 +38,7 @@ def stand_in(recipe: Path, folder: Path, tasks: Sequence[int]) -> Path:
         (recipe.parent / "configs" / (value["base_model"].replace("/", "--") + ".json")).read_text(encoding="utf-8")
     )
     base = folder / "base"
-    family = {"clip": Clip, "gpt2": Gpt2}[config["model_type"]](base, config, value["experts"])
+    family = {"clip": Clip, "gpt2": Gpt2, "llama": Llama}[config["model_type"]](base, config, value["experts"])
     for number, expert in enumerate(value["experts"]):
         place = folder / "experts" / expert["name"]
         family.make_expert(place, expert, number)
@@ -117,10 +117,49 @@ class Gpt2:
     def make_expert(self, folder: Path, expert: dict[str, Any], number: int) -> None:
         """Save a changed classifier with a head of its own."""
         labels = 3 if expert["name"] == "mnli" else 2
-        model = transformers.GPT2ForSequenceClassification.from_pretrained(self._base, num_labels=labels)
-        _disturb(model.transformer, number)
+        self._model = transformers.GPT2ForSequenceClassification.from_pretrained(self._base, num_labels=labels).eval()
+        _disturb(self._model.transformer, number)
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def answers(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[int]:
+        """Return what the last expert that was made says, so that it has something to lose."""
+        tokens = self._tokenizer(list(texts), None if pairs is None else list(pairs), padding=True, return_tensors="pt")
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            found: list[int] = self._model(**inputs).logits.argmax(-1).tolist()
+        return found
+
+
+class Llama:
+    """A language model as base, and changed language models."""
+
+    def __init__(self, base: Path, config: dict[str, Any], _experts: Sequence[dict[str, Any]]) -> None:
+        torch.manual_seed(0)
+        self._tokenizer = _tokenizer(WORDS, framed=False)
+        settings = transformers.LlamaConfig(
+            **_SHAPE,
+            num_key_value_heads=1,
+            head_dim=8,
+            vocab_size=len(self._tokenizer),
+            max_position_embeddings=1024,
+            eos_token_id=3,
+            bos_token_id=2,
+            tie_word_embeddings=config["tie_word_embeddings"],
+        )
+        transformers.LlamaForCausalLM(settings).save_pretrained(base)
+        self._tokenizer.save_pretrained(base)
+        self._base = base
+
+    def make_expert(self, folder: Path, _expert: dict[str, Any], number: int) -> None:
+        """Save a changed language model."""
+        model = transformers.LlamaForCausalLM.from_pretrained(self._base)
+        _disturb(model, number)
         model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+
+
+Family = Clip | Gpt2 | Llama
 
 
 def _sentences(task: dict[str, Any]) -> list[list[str]]:
@@ -135,23 +174,24 @@ def _disturb(module: torch.nn.Module, seed: int) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def _tokenizer(texts: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words that knows those of some texts."""
+def _tokenizer(texts: Sequence[str], *, framed: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words that knows those of some texts, and marks where a text begins and ends."""
     splitter = pre_tokenizers.Whitespace()
     words = dict.fromkeys(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
     backend = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate([*SPECIAL, *words])}, unk_token="[UNK]")
     )
     backend.pre_tokenizer = splitter
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    if framed:
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
     )
 
 
-def _data(folder: Path, task: dict[str, Any], seed: int, family: Clip | Gpt2) -> None:
+def _data(folder: Path, task: dict[str, Any], seed: int, family: Family) -> None:
     """Save rows for every split that a task names, with its columns, and name them in the task."""
     generator = np.random.default_rng(seed)
     splits = [task[split] for split in ("calibration", "validation", "test")]
@@ -159,20 +199,23 @@ def _data(folder: Path, task: dict[str, Any], seed: int, family: Clip | Gpt2) ->
     place = folder / "data" / path.replace("/", "--") / (name or "default")
     tables = {split: _table(task, generator, family) for split in dict.fromkeys(split["split"] for split in splits)}
     datasets.DatasetDict(tables).save_to_disk(str(place))
+    ends: dict[str, int] = {}
     for split in splits:
         assert (split["path"], split.get("name")) == (path, name)
         split["path"] = str(place)
         if "rows" in split:
-            # In place of 256 rows, and of 256 rows to skip.
-            split["skip"] = split.get("skip", 0) * ROWS // split["rows"]
+            # Smaller parts of the same order, one after the other as they were.
+            assert (split.get("skip", 0) > 0) == (split["split"] in ends)
+            split["skip"] = ends.get(split["split"], 0)
             split["rows"] = ROWS
+            ends[split["split"]] = split["skip"] + ROWS
 
 
-def _table(task: dict[str, Any], generator: np.random.Generator, family: Clip | Gpt2) -> datasets.Dataset:
-    count = 2 * ROWS
+def _table(task: dict[str, Any], generator: np.random.Generator, family: Family) -> datasets.Dataset:
+    count = 3 * ROWS
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
-    for key in ("text", "text_pair"):
+    for key in ("text", "text_pair", "prompt", "answer"):
         if key in task:
             columns[task[key]] = [" ".join(generator.choice(WORDS, 6)) for _ in range(count)]
             features[task[key]] = datasets.Value("string")
@@ -182,7 +225,7 @@ def _table(task: dict[str, Any], generator: np.random.Generator, family: Clip | 
         classes = [f"class {index}" for index in range(len(task["classes"]))]
         columns |= {task["image"]: images, task["label"]: family.answers(images)}
         features |= {task["image"]: datasets.Image(), task["label"]: datasets.ClassLabel(names=classes)}
-    else:
-        columns[task["label"]] = [index % 2 for index in range(count)]
-        features[task["label"]] = datasets.ClassLabel(names=["no", "yes"])
+    elif isinstance(family, Gpt2):
+        columns[task["label"]] = family.answers(columns[task["text"]], columns.get(task.get("text_pair")))
+        features[task["label"]] = datasets.ClassLabel(names=["no", "yes", "maybe"])
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -19,6 +19,7 @@ from bmm.outline import Outline, outline_of, outline_of_config, read_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "deployments" / "recipes" / "configs"
 TEXT = kind_of("text-classification").architecture
+LANGUAGE = kind_of("causal-lm").architecture
 CLIP = kind_of("zero-shot-image-classification").architecture
 
 
@@ -46,21 +47,22 @@ def test_a_configuration_outlines_what_the_checkpoint_holds(pico: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture", "millions", "tokens"),
+    ("name", "architecture", "millions", "tokens", "each"),
     [
-        ("openai--clip-vit-base-patch32", CLIP, 87.5, 50),
-        ("openai--clip-vit-base-patch16", CLIP, 85.8, 197),
-        ("openai--clip-vit-large-patch14", CLIP, 303.2, 257),
-        ("openai-community--gpt2", TEXT, 124.4, 512),
+        ("openai--clip-vit-base-patch32", CLIP, 87.5, 50, 4),
+        ("openai--clip-vit-base-patch16", CLIP, 85.8, 197, 4),
+        ("openai--clip-vit-large-patch14", CLIP, 303.2, 257, 4),
+        ("openai-community--gpt2", TEXT, 124.4, 512, 4),
+        ("meta-llama--Llama-3.2-3B", LANGUAGE, 3212.7, 512, 2),
     ],
 )
 def test_the_configurations_beside_the_recipes_are_of_the_sizes_that_are_known(
-    name: str, architecture: Any, millions: float, tokens: int
+    name: str, architecture: Any, millions: float, tokens: int, each: int
 ) -> None:
     outline = outline_of_config(read_config(CONFIGS / f"{name}.json"), architecture, name)
     assert outline.weights / 1e6 == pytest.approx(millions, abs=0.1)
-    assert outline.tokens({"max_length": 512} if architecture is TEXT else {}) == tokens
-    assert outline.stored_bytes == 4 * outline.weights
+    assert outline.tokens({"max_length": 512} if architecture is not CLIP else {}) == tokens
+    assert outline.stored_bytes == each * outline.weights
 
 
 def test_half_precision_is_half_the_bytes() -> None:

@@ -11,7 +11,10 @@ from stand_ins import stand_in
 
 import bmm
 from bmm.offline import check_offline, estimate_offline, known_config
+from bmm.plan import make_plan, require_fit
 from bmm.recipe import Recipe
+from bmm.sources import fingerprint_inputs
+from bmm.store import Store
 
 DEPLOYMENTS = Path(__file__).resolve().parents[2] / "deployments"
 RECIPES = sorted((DEPLOYMENTS / "recipes").glob("*.yaml"))
@@ -56,6 +59,7 @@ RUNS = {
     "clip-l14-14": (12, 13),
     "clip-l14-20": (16, 18),
     "gpt2-glue-7": (0, 1),
+    "llama-3.2-3b-5": (1, 4),
 }
 
 
@@ -63,6 +67,11 @@ RUNS = {
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_runs_on_pico_stand_ins(path: Path, tmp_path: Path, in_process: None) -> None:
     recipe = Recipe.from_yaml(stand_in(path, tmp_path, RUNS[path.stem]))
+    planned = make_plan(recipe, fingerprint_inputs(recipe), Store(tmp_path / "store"))
+    require_fit(planned, recipe)
+    config = known_config(recipe)
+    assert config is not None
+    assert estimate_offline(recipe, config) == (planned.stages, planned.output_bytes)
     merge = bmm.merge(recipe, store=tmp_path / "store")
     assert merge.document["metrics"]["test"].keys() == {*(expert.name for expert in recipe.experts), "mean"}
     trials = merge.document["search"]["trials"]
