@@ -137,7 +137,11 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
         ("search", {"trials": -1}, r"'search.trials': .*given: -1"),
         ("search", "nothing", "'search': .*given: 'nothing'"),
         ("regression", {"lambda": -1}, r"'regression.lambda': must be search, evidence, .*given: -1"),
-        ("regression", {"lambda": {"qkv": "x"}}, "'regression.lambda': must be search, evidence, held-out, a positive number"),
+        (
+            "regression",
+            {"lambda": {"qkv": "x"}},
+            "'regression.lambda': must be search, evidence, held-out, a positive number",
+        ),
         ("regression", {"strength": 1.0}, "unknown key 'regression.strength'"),
         ("search", {"gamma": [0.5, 0.9]}, "gamma must include 1"),
         ("search", {"gamma": [1.1, 1.5]}, "gamma must include 1"),
