@@ -24,7 +24,7 @@ SPLITS = ("calibration", "validation", "test")
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many rows each split gets; `test` takes as many as there are where there are fewer."""
+    """How many rows each split gets: `test` at most as many as are left, `calibration` at most half of `train`."""
 
     calibration: int = 256
     validation: int = 200
@@ -63,7 +63,8 @@ def split(labelled: LabelledSet, sizes: SplitSizes, seed: int = 0) -> TaskRows:
     held_out_digests = {content_digest(content) for content, _ in held_out}
     train = [row for row in labelled.train if content_digest(row[0]) not in held_out_digests]
     train = _shuffled(train, f"{labelled.name}/train/{seed}")
-    if len(held_out) <= sizes.validation or len(train) <= sizes.calibration:
+    calibration = min(sizes.calibration, len(train) // 2)
+    if len(held_out) <= sizes.validation or not calibration:
         raise DataError(
             f"the set '{labelled.name}' has {len(train)} training and {len(held_out)} held-out rows, "
             f"too few for {sizes.calibration} calibration and {sizes.validation} validation rows; "
@@ -71,8 +72,8 @@ def split(labelled: LabelledSet, sizes: SplitSizes, seed: int = 0) -> TaskRows:
         )
     return TaskRows(
         labels=labelled.labels,
-        training=train[sizes.calibration :],
-        calibration=train[: sizes.calibration],
+        training=train[calibration:],
+        calibration=train[:calibration],
         validation=held_out[: sizes.validation],
         test=held_out[sizes.validation : sizes.validation + sizes.test],
     )

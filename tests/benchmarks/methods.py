@@ -33,6 +33,7 @@ from benchmarks.zoos import zoo_of
 from rich.console import Console
 
 from bmm.errors import BMMError, UserError
+from bmm.zoo.zoos import ZOOS
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)
@@ -56,10 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     started = perf_counter()
     try:
-        zoos = [zoo_of(name, said.folder) for name in said.zoo or ["text"]]
+        names = said.zoo or (["text"] if said.quick else list(ZOOS))
+        zoos = [zoo_of(name, said.folder) for name in names]
         results = {zoo.name: _zoo(zoo, said, console) for zoo in zoos}
     except UserError as error:
-        console.print(f"error: {error}", markup=False)
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 2
     document = {**_where(), "how": summary.HOW, "quick": said.quick, "zoos": results}
     said.output.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.methods", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--zoo", action="append", help="text, or NAME=RECIPE; may be given several times")
+    parser.add_argument("--zoo", action="append", help="text, vision, or NAME=RECIPE; may be repeated")
     parser.add_argument("--folder", type=Path, default=Path("demo/benchmark"), help="where experts and stores lie")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where methods.json goes")
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows")
@@ -89,9 +91,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run all rows on one zoo and return its part of the results."""
+    known = rows(said.trials, quick=said.quick)
+    odd = sorted(set(said.only or ()) - {row.method for row in known})
+    if odd:
+        raise UserError(f"there is no row '{odd[0]}'; choose from {', '.join(row.method for row in known)}")
+    wanted = [row for row in known if not said.only or row.method in said.only]
     bench = _bench(zoo)
     references = bench.references()
-    wanted = [row for row in rows(said.trials, quick=said.quick) if not said.only or row.method in said.only]
     # The long ones first, so that no process is idle at the end.
     jobs = [
         Job(zoo, row, seed, said.rows) for row in reversed(wanted) for seed in range(said.seeds if row.seeded else 1)

@@ -1,7 +1,7 @@
 """Which methods the table has, each as what it changes in a recipe.
 
-One place to add a row: `rows`. A method that is no recipe of ours (a peer's own code) is a `Row` all the same, with
-another maker (`Maker`). Running them is `benchmarks.runs`.
+One place to add a row: `rows`. Running them is `benchmarks.runs`; a method that is no recipe of ours, but another
+project's code, `benchmarks.peers`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from benchmarks.peers import Peer
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings, Method, ScaledSettings
 
 Changes = Mapping[str, Any]
-Stage = Literal["grams", "anchor", "search"]
+Stage = Literal["experts", "grams", "anchor", "search"]
 
 # The strength that the unsearched rows use everywhere, so that nothing of theirs was chosen on the rows they are
 # measured on.
@@ -33,6 +34,9 @@ LABELS = {
     "fisher": "Fisher",
     "ace": "ACE",
 }
+# Many steps or a gradient for each row.
+SLOW = ("WUDI, Adam", "Fisher")
+QUICK_PEERS = ("mergekit: TIES", "fusion-bench: RegMean++")
 MODULE_WISE: Changes = {"grams": {"source": "activations"}, "regression": {"mode": "module-wise"}}
 HYBRID: Changes = {"grams": {"source": "hybrid"}, "regression": {"mode": "module-wise"}}
 PROPAGATED: Changes = {"grams": {"source": "activations"}, "regression": {"mode": "propagated"}}
@@ -69,7 +73,7 @@ class Row:
     """
 
     method: str
-    how: How
+    how: How | Peer
     ours: bool
     data_free: bool
     seeded: bool
@@ -77,9 +81,16 @@ class Row:
 
 
 def rows(trials: int, *, quick: bool = False) -> list[Row]:
-    """Return all rows, searches with so many trials; quickly, without those that try many scales or steps."""
-    slow = [] if quick else [*_scaled(), _anchor("WUDI, Adam", {"method": "wudi", "solver": "adam"})]
-    return [*_published(), *slow, *_data_free(), *_ours(trials)]
+    """Return all rows, searches with so many trials; quickly, without the slow ones and most of other projects'."""
+    adam = _anchor("WUDI, Adam", {"method": "wudi", "solver": "adam"})
+    everything = [*_published(), adam, *_scaled(), *_peers(), *_data_free(), *_ours(trials)]
+    return [row for row in everything if not (quick and _slow(row))]
+
+
+def _slow(row: Row) -> bool:
+    if isinstance(row.how, Peer):
+        return row.method not in QUICK_PEERS
+    return not row.ours and (row.chosen or row.method in SLOW)
 
 
 def sweep() -> list[Row]:
@@ -95,6 +106,32 @@ def _published() -> list[Row]:
     """Return every anchor method at its published settings, which are the defaults."""
     methods: list[dict[str, Any]] = [{"method": name} for name in get_args(Method) if name != "checkpoint"]
     return [_anchor(LABELS.get(said["method"], said["method"]), said) for said in methods]
+
+
+def _peers() -> list[Row]:
+    """Return other projects' code: methods of mergekit at weights and densities of the papers, fusion-bench's RegMeans.
+
+    mergekit's own defaults give each expert's task vector the weight 1, with which no merge of several is usable.
+    """
+    fifth = {"density": 0.2}
+    said: dict[str, tuple[str, dict[str, Any]]] = {
+        "linear": ("linear", {}),
+        "task arithmetic": ("task_arithmetic", {"each": {"weight": 0.3}}),
+        "TIES": ("ties", {"each": fifth, "shared": {"normalize": True}}),
+        "DARE": ("dare_linear", {"each": {"weight": 0.3, "density": 0.1}, "seed": 0}),
+        "DARE-TIES": ("dare_ties", {"each": {"weight": 0.3, "density": 0.1}, "seed": 0}),
+        "DELLA": ("della", {"each": {"weight": 0.3, "density": 0.5, "epsilon": 0.1}, "seed": 0}),
+        "breadcrumbs": ("breadcrumbs", {"each": {"weight": 0.3, "density": 0.9, "gamma": 0.01}}),
+        "model stock": ("model_stock", {}),
+    }
+    rows = [
+        Row(f"mergekit: {name}", Peer("mergekit", method, options), ours=False, data_free=True, seeded=False)
+        for name, (method, options) in said.items()
+    ]
+    for name, method in (("RegMean", "regmean"), ("RegMean++", "regmean++")):
+        how = Peer("fusion-bench", method, {})
+        rows.append(Row(f"fusion-bench: {name}", how, ours=False, data_free=False, seeded=True))
+    return rows
 
 
 def _scaled() -> list[Row]:
@@ -134,8 +171,10 @@ def _data_free() -> list[Row]:
 
 def _ours(trials: int) -> list[Row]:
     walked = How(_fixed(PROPAGATED, LAMBDA), "search")
+    held_out = How(_fixed(PROPAGATED, "held-out"), "search")
     return [
         Row("propagated", walked, ours=True, data_free=False, seeded=True),
+        Row("propagated, λ by held-out rows", held_out, ours=True, data_free=False, seeded=True),
         _searched("module-wise, searched", MODULE_WISE, trials),
         _searched("hybrid, searched", HYBRID, trials, How(MODULE_WISE, "grams")),
         _searched("propagated, searched", PROPAGATED, trials, walked),

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from benchmarks import peers
+from benchmarks.peers import Peer
 from benchmarks.rows import Changes, How, Row
 
 from bmm.evaluation.metrics import Measured
@@ -27,11 +29,12 @@ from bmm.stages.evaluate import open_panel
 from bmm.stages.panel import expert_predictions
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.setup import Setup
-from bmm.store import Store
+from bmm.store import Reference, Store
 
 # What a row decides, and what a benchmark does not do.
 _NOT_THE_ZOOS = ("grams", "regression", "search", "tracking", "output")
 _STAGES = {
+    "experts": ("experts",),
     "grams": ("experts", "grams"),
     "anchor": ("experts", "anchor"),
     "search": ("experts", "grams", "anchor", "search"),
@@ -69,7 +72,7 @@ class Bench:
         self.store = Store.open(zoo.folder / "store")
         self.given = Recipe.from_yaml(zoo.recipe)
         self._values = yaml.safe_load(zoo.recipe.read_text(encoding="utf-8"))
-        self._inputs: dict[tuple[int, int], Inputs] = {}
+        self._inputs: dict[tuple[int, int, bool], Inputs] = {}
 
     def run(self, row: Row, seed: int, rows: int) -> Model:
         """Merge by the row's method, and let the model answer the test rows; what is done already is not done again.
@@ -79,13 +82,27 @@ class Bench:
             seed: of the draw of calibration rows, and of the search.
             rows: how many a task; a task with fewer gives all that it has.
         """
-        seconds: dict[str, float] = {}
-        for how in (*row.how.after, row.how):
-            results = self._results(how, seed, rows)
-            seconds |= {result.key: self._seconds(result) for name, result in results.items() if name != "experts"}
-        reference = results[row.how.stage].reference(row.how.stage)
+        made = self._peer(row.how, seed, rows) if isinstance(row.how, Peer) else self._own(row.how, seed, rows)
+        reference, seconds = made
         self.answers(reference.digest, lambda: StoredWeights(self.store.read(reference)).state(), row.method)
-        return Model(reference.digest, sum(seconds.values()))
+        return Model(reference.digest, seconds)
+
+    def _own(self, how: How, seed: int, rows: int) -> tuple[Reference, float]:
+        """Return the model of a recipe, and the seconds of the stages behind it, those that only read rows apart."""
+        seconds: dict[str, float] = {}
+        for part in (*how.after, how):
+            _, _, results = self._results(part, seed, rows)
+            seconds |= {result.key: self._seconds(result) for name, result in results.items() if name != "experts"}
+        return results[how.stage].reference(how.stage), sum(seconds.values())
+
+    def _peer(self, peer: Peer, seed: int, rows: int) -> tuple[Reference, float]:
+        work = Work(self.store)
+        recipe, inputs, results = self._results(How({}, "experts"), seed, rows)
+        setup, _ = open_panel(work, recipe, inputs, results)
+        data = {
+            expert.name: work.read(results["experts"].reference("experts", expert.name)) for expert in setup.experts
+        }
+        return peers.merge(peer, work, setup, data)
 
     def answers(
         self, digest: str, state: Callable[[], dict[str, torch.Tensor]] | None = None, what: str = "model"
@@ -134,7 +151,8 @@ class Bench:
     def _test(self) -> tuple[Setup, Panel]:
         return open_panel(Work(self.store), *self._whole)
 
-    def _results(self, how: How, seed: int, rows: int) -> dict[str, Result]:
+    def recipe(self, how: How, seed: int, rows: int) -> Recipe:
+        """Return the zoo's recipe with a row's changes, on one draw of its calibration rows."""
         values = self._with(how.changes)
         pool = self.rows("calibration")
         for expert in values["experts"]:
@@ -142,13 +160,18 @@ class Bench:
             source |= {"rows": min(rows, pool[expert["name"]]), "seed": seed}
         if isinstance(values.get("search"), dict):
             values["search"] |= {"seed": seed}
-        recipe = Recipe.from_mapping(values, folder=self.given.folder)
-        if (seed, rows) not in self._inputs:
-            self._inputs[seed, rows] = fingerprint_inputs(recipe, check_output_folder=False)
+        return Recipe.from_mapping(values, folder=self.given.folder)
+
+    def _results(self, how: How, seed: int, rows: int) -> tuple[Recipe, Inputs, Mapping[str, Result]]:
+        recipe = self.recipe(how, seed, rows)
+        which = (seed, rows, recipe.anchor.method == "checkpoint")
+        if which not in self._inputs:
+            self._inputs[which] = fingerprint_inputs(recipe, check_output_folder=False)
         stages = _STAGES[how.stage]
         if how.stage == "anchor" and recipe.anchor.needs == "gram":
             stages = ("experts", "grams", "anchor")
-        return run_stages(recipe, self._inputs[seed, rows], self.store, self._timed, stages)
+        inputs = self._inputs[which]
+        return recipe, inputs, run_stages(recipe, inputs, self.store, self._timed, stages)
 
     def _with(self, changes: Changes) -> dict[str, Any]:
         """Return the zoo's recipe with a row's changes."""

@@ -108,7 +108,7 @@ def targets(rows: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]
         )
 
     best = max(peers, key=share.__getitem__, default=None)
-    for name in ("propagated", "propagated, searched"):
+    for name in (name for name in share if name.startswith("propagated")):
         if name in share:
             aim(name, least, f"{least:.0%} of the experts")
             if best:

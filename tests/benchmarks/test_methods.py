@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from benchmarks import methods, rows, summary
+from benchmarks.peers import Peer
+from benchmarks.runs import Bench, Zoo
 
 from bmm.store import Store
 
@@ -26,17 +28,28 @@ def shown(text: str, method: str) -> str:
     return next(line for line in text.splitlines() if re.match(re.escape(method) + r"\s+\d", line))
 
 
+# Of each way to make a row, one.
+KINDS = (
+    "average",
+    "RegMean",
+    "mergekit: TIES",
+    "fusion-bench: RegMean++",
+    "data-free, λ = 0.1",
+    "data-free, λ by evidence",
+    "propagated",
+    "hybrid, searched",
+)
+
+
 @pytest.mark.slow
 def test_one_command_makes_the_whole_table(pico: Path, in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
-    code, document = benchmark(pico, "--rows=16", "--rows-figure")
+    said = ["--rows=16", "--rows-figure", *(f"--only={kind}" for kind in KINDS)]
+    code, document = benchmark(pico, *said)
     assert code == 0
     zoo = document["zoos"]["pico"]
     assert zoo["failures"] == []
     found = {row["method"]: row for row in zoo["rows"]}
-    assert set(found) == {row.method for row in rows.rows(4, quick=True)} | {
-        "experts, one a task",
-        "base with the experts' heads",
-    }
+    assert set(found) == {*KINDS, "experts, one a task", "base with the experts' heads"}
     printed = capsys.readouterr().out
     for name, row in found.items():
         share = row["share_of_experts"]
@@ -52,10 +65,28 @@ def test_one_command_makes_the_whole_table(pico: Path, in_process: None, capsys:
 
     # Again: every model and every answer is there already, and the figures are the same ones.
     made = {(entry.kind, entry.key): entry.made for entry in Store(pico / "bench" / "pico" / "store").entries()}
-    code, again = benchmark(pico, "--rows=16", "--rows-figure")
+    code, again = benchmark(pico, *said)
     assert code == 0
     assert {(entry.kind, entry.key): entry.made for entry in Store(pico / "bench" / "pico" / "store").entries()} == made
     assert again["zoos"] == document["zoos"]
+
+
+def test_every_row_is_a_recipe_of_its_own_or_a_peer(pico: Path) -> None:
+    bench = Bench(Zoo("pico", pico / "recipe.yaml", pico / "bench"))
+    table = rows.rows(16)
+    assert len({row.method for row in table}) == len(table)
+    recipes = [bench.recipe(row.how, 1, 16) for row in table if isinstance(row.how, rows.How)]
+    assert len({json.dumps(recipe.document()) for recipe in recipes}) == len(recipes)
+    peers = [json.dumps(vars(row.how), sort_keys=True) for row in table if isinstance(row.how, Peer)]
+    assert len(set(peers)) == len(peers) == len(table) - len(recipes)
+    for recipe in recipes:
+        assert {expert.task.calibration.seed for expert in recipe.experts} == {1}
+    # What is said to need no rows asks for none: nothing that it does changes with their draw.
+    for row, recipe in zip([row for row in table if isinstance(row.how, rows.How)], recipes, strict=True):
+        if row.data_free:
+            assert recipe.anchor.needs is None
+            assert row.how.stage == "anchor" or (recipe.grams.source, recipe.search.trials) == ("task-vectors", 0)
+    assert {row.method for row in rows.rows(16, quick=True)} >= set(KINDS)
 
 
 def test_each_draw_of_calibration_rows_makes_another_model(pico: Path, in_process: None) -> None:
@@ -91,6 +122,12 @@ def test_a_zoo_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert methods.main(["--zoo", "fish", "--folder", str(tmp_path)]) == 2
     assert "there is no zoo 'fish'" in capsys.readouterr().err
     assert methods.main(["--zoo", f"mine={tmp_path / 'no.yaml'}", "--folder", str(tmp_path)]) == 2
+
+
+def test_a_row_that_is_not_there_is_told(pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo = f"--zoo=pico={pico / 'recipe.yaml'}"
+    assert methods.main([zoo, "--folder", str(pico / "bench"), "--only=averge", "--processes=1"]) == 2
+    assert "there is no row 'averge'; choose from average, " in " ".join(capsys.readouterr().err.split())
 
 
 def row(method: str, share: float, *, ours: bool = False, data_free: bool = False) -> dict[str, Any]:

@@ -54,7 +54,12 @@ def test_the_test_split_takes_what_there_is() -> None:
     assert len(split(make_set(held_out=8), SIZES).test) == 3
 
 
-@pytest.mark.parametrize("counts", [(7, 30), (40, 5)])
+def test_calibration_leaves_half_of_the_rows_to_train() -> None:
+    rows = split(make_set(train=11), SIZES)
+    assert (len(rows.training), len(rows.calibration)) == (6, 5)
+
+
+@pytest.mark.parametrize("counts", [(1, 30), (40, 5)])
 def test_too_few_rows_are_refused(counts: tuple[int, int]) -> None:
     with pytest.raises(DataError, match="too few"):
         split(make_set(*counts), SIZES)
