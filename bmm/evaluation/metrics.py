@@ -38,6 +38,15 @@ class Measured:
         return float(self.metric.score(self.statistics.sum(axis=0)))
 
     @property
+    def variance(self) -> float:
+        """The score's variance over draws of the rows, by the jackknife (Efron, 1982); 0 for a single row."""
+        count = len(self)
+        if count < 2:
+            return 0.0
+        left_out = np.asarray(self.metric.score(self.statistics.sum(axis=0) - self.statistics), dtype=np.float64)
+        return float((count - 1) / count * np.square(left_out - left_out.mean()).sum())
+
+    @property
     def also(self) -> dict[str, float]:
         """The metric's further figures over all rows."""
         sums = self.statistics.sum(axis=0)

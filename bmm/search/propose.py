@@ -156,7 +156,7 @@ def _bayesian(history: Sequence[Trial], region: TrustRegion, seed: int, noise: f
     # A covariance that is not positive definite and a NaN within one are RuntimeErrors.
     numerical = (BotorchError, ModelFittingError, ArithmeticError, RuntimeError, ValueError)
     try:
-        with _reproducible(seed):
+        with reproducible(seed):
             candidate = _maximiser(points, outcomes, bounds, seed, noise)
     except numerical:
         return None
@@ -169,19 +169,10 @@ def _maximiser(points: Any, outcomes: Any, bounds: Any, seed: int, noise: float 
     """Return the maximiser `(d,)` of qLogNEI in `bounds` `(2, d)`; `points` `(n, d)`, `outcomes` `(n, 1)`."""
     import torch
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import SingleTaskGP
-    from botorch.models.transforms.outcome import Standardize
     from botorch.optim import optimize_acqf
     from botorch.sampling.normal import SobolQMCNormalSampler
-    from gpytorch.mlls import ExactMarginalLogLikelihood
 
-    variances = None if noise is None else torch.full_like(outcomes, noise)
-    model = SingleTaskGP(points, outcomes, train_Yvar=variances, outcome_transform=Standardize(m=1))
-    fit_gpytorch_mll(
-        ExactMarginalLogLikelihood(model.likelihood, model),
-        optimizer_kwargs={"options": {"maxiter": _FIT_ITERATIONS}},
-    )
+    model = fitted(points, outcomes, noise)
     acquisition = qLogNoisyExpectedImprovement(
         model=model,
         X_baseline=points,
@@ -199,8 +190,25 @@ def _maximiser(points: Any, outcomes: Any, bounds: Any, seed: int, noise: float 
     return candidates.detach().squeeze(0)
 
 
+def fitted(points: Any, outcomes: Any, noise: float | None) -> Any:
+    """Return the Gaussian process fitted to outcomes `(n, 1)` at points `(n, d)`, double precision."""
+    import torch
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.models.transforms.outcome import Standardize
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    variances = None if noise is None else torch.full_like(outcomes, noise)
+    model = SingleTaskGP(points, outcomes, train_Yvar=variances, outcome_transform=Standardize(m=1))
+    fit_gpytorch_mll(
+        ExactMarginalLogLikelihood(model.likelihood, model),
+        optimizer_kwargs={"options": {"maxiter": _FIT_ITERATIONS}},
+    )
+    return model
+
+
 @contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
+def reproducible(seed: int) -> Iterator[None]:
     """Seed torch and hold it to one thread inside the block, and put both back: sums then have one order."""
     import torch
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from bmm.errors import BMMError, UserError
 from bmm.progress import progress
 from bmm.search.propose import initial_design, propose, trial_seed
+from bmm.search.recommend import recommended
 from bmm.search.space import Setting, Space
 from bmm.search.study import Study, Trial, best_of
 
@@ -30,7 +31,7 @@ Evaluate = Callable[[Mapping[str, Setting]], Outcome]
 
 
 def search(space: Space, evaluate: Evaluate, study: Study, trials: int, seed: int, noise: float | None = None) -> Trial:
-    """Run the study up to `trials` trials and return the best: the highest objective, the earliest of equals.
+    """Run the study up to `trials` trials and return the one to publish (`bmm.search.recommend`).
 
     Trials that the study already holds are not evaluated again, nor are settings equal to those of an
     earlier trial: they take over its outcome. `noise` is the objective's variance, where it is known. When
@@ -75,7 +76,7 @@ def search(space: Space, evaluate: Evaluate, study: Study, trials: int, seed: in
             bar.advance()
     if best is None:
         raise BMMError(f"no trial of the study {study.path} is complete, not even the anchor")
-    return best
+    return recommended(study.trials[:trials], seed, noise) or best
 
 
 def _check(space: Space, study: Study, seed: int) -> None:

@@ -96,6 +96,9 @@ class _Objective:
         self._rest, self._dtypes = rest, dtypes
         answers = expert_predictions(setup, self._panel, "validation")
         self.expert = {expert: measured.score for expert, measured in answers.items()}
+        # Of a model about as good as the experts, on as many rows.
+        shares = [measured.variance / measured.score**2 for measured in answers.values() if measured.score]
+        self.noise = sum(shares) / len(answers) ** 2
 
     def evaluate(self, assembler: Assembler, chosen: Mapping[str, Setting]) -> Outcome:
         """Run the model of one setting."""
@@ -113,12 +116,20 @@ def _searched(
     identity = {"inputs": dict(request.inputs), "settings": dict(request.settings)}
     draft.progress.mkdir(parents=True, exist_ok=True)
     study = Study.open(draft.progress / "trials.jsonl", identity)
-    best = search(space, lambda chosen: objective.evaluate(assembler, chosen), study, settings.trials, settings.seed)
+    best = search(
+        space,
+        lambda chosen: objective.evaluate(assembler, chosen),
+        study,
+        settings.trials,
+        settings.seed,
+        objective.noise or None,
+    )
     told = {
         "per": settings.per,
         "lambda": "search",
         "objective": settings.objective,
         "seed": settings.seed,
+        "noise": objective.noise,
         "expert": dict(objective.expert),
         "trials": [trial.to_json() for trial in study.trials],
         "best": {

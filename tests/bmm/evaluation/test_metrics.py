@@ -228,3 +228,10 @@ def test_the_summary_is_the_metrics_part_of_merge_json() -> None:
 def test_arrays_that_cannot_be_summarised(correct: Any, message: str) -> None:
     with pytest.raises(BMMError, match=message):
         summarise(correct, **SETTINGS)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_variance_of_an_accuracy_is_the_binomials(share: float) -> None:
+    rows = np.arange(200) < 200 * share
+    assert right(rows).variance == pytest.approx(share * (1 - share) / 199)
+    assert right(np.ones(1, dtype=bool)).variance == 0
