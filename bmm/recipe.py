@@ -125,6 +125,11 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _completed(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        if unknown := [name for name in self.regression.task_weights if name not in names]:
+            raise ValueError(
+                f"'regression.task_weights': no expert is called '{unknown[0]}'; they are {', '.join(names)}"
+            )
         said = Choices(self.grams, self.regression, self.search)
         splits = {expert.name: expert.splits() for expert in self.experts}
         choices = complete(

@@ -53,17 +53,25 @@ class Moments:
         return named | {f"power:{module}": value for module, value in self.power.items()}
 
 
-def total(parts: Sequence[Moments]) -> Moments:
-    """Return the sum of moments, in the order given."""
-    gram = parts[0].gram.clone()
-    cross = {name: value.clone() for name, value in parts[0].cross.items()}
-    power = {name: value.clone() for name, value in parts[0].power.items()}
-    for part in parts[1:]:
+def total(parts: Sequence[Moments], weights: Sequence[float] | None = None) -> Moments:
+    """Return the sum of moments, in the order given, each times its weight (1)."""
+    weights = weights or [1.0] * len(parts)
+    scaled = [part if weight == 1 else _times(part, weight) for part, weight in zip(parts, weights, strict=True)]
+    gram = scaled[0].gram.clone()
+    cross = {name: value.clone() for name, value in scaled[0].cross.items()}
+    power = {name: value.clone() for name, value in scaled[0].power.items()}
+    for part in scaled[1:]:
         gram += part.gram
         for name in cross:
             cross[name] += part.cross[name]
             power[name] += part.power[name]
-    return Moments(gram, cross, power, tuple(count for part in parts for count in part.rows))
+    return Moments(gram, cross, power, tuple(count for part in scaled for count in part.rows))
+
+
+def _times(part: Moments, weight: float) -> Moments:
+    cross = {name: value * weight for name, value in part.cross.items()}
+    power = {name: value * weight for name, value in part.power.items()}
+    return Moments(part.gram * weight, cross, power, part.rows)
 
 
 MINIMUM_ROUTED_ROWS = 16

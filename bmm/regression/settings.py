@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -39,6 +40,17 @@ class RegressionSettings(BaseModel):
         "held-out, for each map its own (see lambda); lambda where that is not searched",
     )
 
+    rounds: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="walks through the network in propagated mode, each from the model that the one before has solved",
+    )
+    task_weights: dict[str, Strength] = Field(
+        default_factory=dict,
+        description="how much an expert counts in the sum over tasks; 1 for those that are not named",
+    )
+
     @field_validator("strength", mode="before")
     @classmethod
     def _a_rule_or_numbers(cls, value: Any) -> Any:
@@ -54,7 +66,12 @@ class RegressionSettings(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, as JSON."""
-        return self.model_dump(mode="json", exclude=set() if self.mode == "propagated" else {"walk_lambda"})
+        walk = set() if self.mode == "propagated" else {"walk_lambda", "rounds"}
+        return self.model_dump(mode="json", exclude=walk)
+
+    def weights(self, experts: Sequence[str]) -> list[float]:
+        """Return how much each expert counts."""
+        return [self.task_weights.get(name, 1.0) for name in experts]
 
 
 def _is_strength(value: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from distributed import Client
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bmm.digest import digest_json
 from bmm.grams.cluster import run_all, worker_count, workers
@@ -28,14 +28,14 @@ from bmm.progress import Bar, progress
 from bmm.recipe import ClusterSettings
 from bmm.regression.held_out import best_lambda
 from bmm.regression.moments import Moments, total, trusted
-from bmm.regression.settings import DEFAULT_LAMBDA
+from bmm.regression.settings import DEFAULT_LAMBDA, RegressionSettings
 from bmm.regression.units import Unit, units_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
 from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file
 from bmm.store import Artefact, Draft, Reference
 
-WALK_VERSION = 4
+WALK_VERSION = 5
 _MOMENTS = "moments.safetensors"
 
 
@@ -46,14 +46,16 @@ class Walked:
     Attributes:
         moments: gives the moments of an input group.
         lambdas: by map, the `λ` that it was solved with on the way.
+        prior: gives the tensors that the last round leaned on: the anchor's, or those of the round before.
     """
 
     moments: Callable[[str], Moments]
     lambdas: Mapping[str, float]
+    prior: Callable[[str], torch.Tensor]
 
 
 def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) -> Walked:
-    """Walk through the network, layer by layer.
+    """Walk through the network, layer by layer, as often as the recipe has rounds.
 
     Layers that an earlier, killed run has finished are taken from the store; with all of them there, no model is
     built and no worker starts.
@@ -61,32 +63,58 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
     Raises:
         ClusterError: the Dask workers failed for good.
     """
-    place: dict[str, Artefact] = {}
-    lambdas: dict[str, float] = {}
-    done: list[Reference] = []
     units = units_of(setup.regressed)
     inputs, settings = _identity(work, request, setup)
-    groups = sum(len(unit.groups) for unit in units)
-    with ExitStack() as stack, progress("walking through the layers", groups * len(setup.experts)) as bar:
-        walker = _Walker(work, request, setup, anchored, digest_json([inputs, settings]), stack, bar)
-        for unit in units:
+    rounds = request.settings["regression"]["rounds"]
+    steps = sum(len(unit.groups) for unit in units) * len(setup.experts)
+    prior: Callable[[str], torch.Tensor] = anchored
+    before: list[Reference] = []
+    with progress("walking through the layers", rounds * steps) as bar:
+        for turn in range(rounds):
+            if before:
+                prior = _solved_over(anchored, setup, [work.read(reference) for reference in before])
+                inputs = {**inputs, "before": [reference.digest for reference in before]}
+            done: list[Reference] = []
+            with ExitStack() as stack:
+                walker = _Walker(work, request, setup, prior, before, digest_json([turn, inputs, settings]), stack, bar)
+                for unit in units:
 
-            def make(draft: Draft, unit: Unit = unit) -> None:
-                walker.solve_unit(draft, unit, done)
+                    def make(draft: Draft, unit: Unit = unit, walker: _Walker = walker) -> None:
+                        walker.solve_unit(draft, unit)
 
-            made = work.made
-            reference = work.obtain(
-                "walk", {**inputs, "unit": unit.name}, make, settings=settings, version=WALK_VERSION
-            )
-            if work.made == made:
-                bar.advance(len(unit.groups) * len(setup.experts))
-            artefact = work.read(reference)
-            done.append(reference)
-            place |= dict.fromkeys(unit.groups, artefact)
-            lambdas |= artefact.read_json("unit.json")["lambdas"]
-
+                    made = work.made
+                    reference = work.obtain(
+                        "walk", {**inputs, "unit": unit.name}, make, settings=settings, version=WALK_VERSION
+                    )
+                    if work.made == made:
+                        bar.advance(len(unit.groups) * len(setup.experts))
+                    walker.done.append(reference)
+                done = walker.done
+            before = done
+    place: dict[str, Artefact] = {}
+    lambdas: dict[str, float] = {}
+    for unit, reference in zip(units, before, strict=True):
+        artefact = work.read(reference)
+        place |= dict.fromkeys(unit.groups, artefact)
+        lambdas |= artefact.read_json("unit.json")["lambdas"]
     members = _members(setup.regressed)
-    return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas)
+    return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas, prior)
+
+
+def _solved_over(anchored: StoredWeights, setup: Setup, artefacts: Sequence[Artefact]) -> Callable[[str], torch.Tensor]:
+    """Return the tensors of the model that a round has solved."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def into(name: str) -> torch.Tensor:
+        if name not in tensors:
+            tensors[name] = anchored(name).to(torch.float32, copy=True).contiguous()
+        return tensors[name]
+
+    maps = {map_.module: map_ for map_ in setup.regressed}
+    for artefact in artefacts:
+        for module, solution in load_file(artefact.file(SOLUTIONS)).items():
+            maps[module].place(solution, into)
+    return lambda name: tensors[name] if name in tensors else anchored(name)
 
 
 def read_moments(artefact: Artefact, group: str, modules: Sequence[str]) -> Moments:
@@ -110,6 +138,7 @@ def _identity(work: Work, request: Request, setup: Setup) -> tuple[dict[str, Any
         "lambda": request.settings["regression"]["walk_lambda"],
         "batch_size": request.settings["batch_size"],
         "reading": [reading(expert.task) for expert in setup.experts],
+        "task_weights": request.settings["regression"]["task_weights"],
     }
     return inputs, settings
 
@@ -129,24 +158,29 @@ class _Walker:
         work: Work,
         request: Request,
         setup: Setup,
-        anchored: StoredWeights,
+        prior: Callable[[str], torch.Tensor],
+        before: Sequence[Reference],
         identity: str,
         stack: ExitStack,
         bar: Bar,
     ) -> None:
         self._work = work
         self._request = request
-        self._anchored = anchored
+        self._prior = prior
+        self._before = before
+        self.done: list[Reference] = []
         self._identity = identity
         self._lambda = request.settings["regression"]["walk_lambda"]
         self._cluster = ClusterSettings.model_validate(request.where["cluster"])
         self._experts = len(setup.experts)
+        settings = RegressionSettings.model_validate(request.settings["regression"])
+        self._weights = settings.weights([expert.name for expert in setup.experts])
         self._stack = stack
         self._bar = bar
         self._client: Client | None = None
         self._shares: list[tuple[int, ...]] = []
 
-    def solve_unit(self, draft: Draft, unit: Unit, done: Sequence[Reference]) -> None:
+    def solve_unit(self, draft: Draft, unit: Unit) -> None:
         """Solve the groups of one unit in order, and write moments and solutions."""
         self._start()
         tensors: dict[str, torch.Tensor] = {}
@@ -156,12 +190,12 @@ class _Walker:
         folder = draft.progress
         folder.mkdir(parents=True, exist_ok=True)
         for place, group in enumerate(unit.groups):
-            parts = self._ask(unit, group, list(unit.groups)[:place], folder, done)
+            parts = self._ask(unit, group, list(unit.groups)[:place], folder)
             found = {}
-            everything, *folds = (trusted(total(fold), unit.groups[group]) for fold in parts)
+            everything, *folds = (trusted(total(fold, self._weights), unit.groups[group]) for fold in parts)
             spectrum = everything.spectrum(f"the input of {group}")
             for map_ in unit.groups[group]:
-                anchor = map_.matrix(self._anchored)
+                anchor = map_.matrix(self._prior)
                 lam = self._lambda if not folds else _chosen(folds, map_, anchor)
                 lambdas[map_.module] = lam
                 mean = everything.posterior(spectrum, map_.module, anchor).mean(lam)
@@ -187,9 +221,7 @@ class _Walker:
         bounds = [self._experts * share // count for share in range(count + 1)]
         self._shares = [tuple(range(low, high)) for low, high in itertools.pairwise(bounds)]
 
-    def _ask(
-        self, unit: Unit, group: str, solved: Sequence[str], folder: Path, done: Sequence[Reference]
-    ) -> list[list[Moments]]:
+    def _ask(self, unit: Unit, group: str, solved: Sequence[str], folder: Path) -> list[list[Moments]]:
         """Return the tasks' moments of one group in the recipe's order: of all rows, then of each fold."""
         requests = [
             vars(
@@ -198,7 +230,8 @@ class _Walker:
                     request=self._request.to_json(),
                     store=str(self._work.store.root),
                     tasks=share,
-                    done=tuple(reference.to_json() for reference in done),
+                    before=tuple(reference.to_json() for reference in self._before),
+                    done=tuple(reference.to_json() for reference in self.done),
                     unit=unit.name,
                     solved=tuple(solved),
                     folder=str(folder.resolve()),

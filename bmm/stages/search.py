@@ -18,6 +18,7 @@ from bmm.evaluation.metrics import mean_ratio_to_expert
 from bmm.grams.store import GramReader
 from bmm.prediction import StoredWeights
 from bmm.progress import progress
+from bmm.regression.settings import RegressionSettings
 from bmm.search.run import Outcome, search
 from bmm.search.settings import SearchSettings
 from bmm.search.space import ModulePlace, Per, Setting, Space, groups_of
@@ -75,7 +76,9 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
                 strength, groups, assembler.evidence, assembler.walked, settings.log10_lambda
             )
             told = _without_search(settings, strength, chosen)
-        _write_best(draft, setup, assembler, weights, anchor.read_json("treatments.json"), groups, chosen, rest, dtype)
+        rounds = request.settings["regression"].get("rounds", 1)
+        treatments = anchor.read_json("treatments.json")
+        _write_best(draft, setup, assembler, weights, treatments, groups, chosen, rest, dtype, rounds)
         draft.write_json("search.json", told)
 
 
@@ -168,10 +171,13 @@ def _write_best(
     settings: Mapping[str, Setting],
     rest: Mapping[str, torch.Tensor],
     dtype: str | None,
+    rounds: int,
 ) -> None:
     """Write the encoder of the chosen settings, and for every parameter how it came about."""
     entries: dict[str, dict[str, Any]] = {}
     chosen = {module: settings[group] for module, group in groups.items()}
+    # From the second round on, what a map leans on is no longer the anchor.
+    keeps_none = rounds > 1
 
     def get(name: str) -> torch.Tensor:
         members = assembler.parameters.get(name, ())
@@ -182,7 +188,7 @@ def _write_best(
         tensor = rest[name]
         if members:
             entry |= {"module": groups[members[0]], "treatment": "anchored"}
-            if any(chosen[module] != ANCHOR for module in members):
+            if keeps_none or any(chosen[module] != ANCHOR for module in members):
                 tensor, solved = assembler.parameter(name, chosen)
                 entry |= _regressed(solved, chosen[members[0]])
         entries[name] = entry
@@ -246,13 +252,15 @@ def assembler_of(
     """Return the assembler of the maps that the request of a search asks for."""
     if request.settings["regression"]["mode"] == "propagated":
         walked = walk(work, request, setup, anchored)
-        return propagated(setup.regressed, weights, anchored, walked.moments, walked.lambdas)
+        return propagated(setup.regressed, weights, walked.prior, walked.moments, walked.lambdas)
     grams = gram_readers(work, request, setup)
+    settings = RegressionSettings.model_validate(request.settings["regression"])
+    counts = settings.weights([expert.name for expert in setup.experts])
     return module_wise(
         setup.regressed,
         weights,
         anchored,
-        lambda index, group: grams[index].gram(group),
+        lambda index, group: grams[index].gram(group) * counts[index],
         lambda group: sum(reader.rows(group) for reader in grams),
     )
 

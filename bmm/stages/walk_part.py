@@ -46,6 +46,7 @@ class PartRequest:
         request: the search stage's request.
         store: folder of the artefact store.
         tasks: places of this share's tasks among the experts.
+        before: the artefacts of the round before, from whose model this one starts.
         done: the artefacts of the units before, in order.
         unit: the unit in work.
         solved: its groups that are solved already, in order, each a file of `folder`.
@@ -58,6 +59,7 @@ class PartRequest:
     request: Mapping[str, Any]
     store: str
     tasks: tuple[int, ...]
+    before: tuple[Mapping[str, str], ...]
     done: tuple[Mapping[str, str], ...]
     unit: str
     solved: tuple[str, ...]
@@ -68,7 +70,7 @@ class PartRequest:
 
 def part_moments(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
     """Return the moments of one group for each task of a share, of the rows held out too if asked for."""
-    names = ("tasks", "done", "solved")
+    names = ("tasks", "before", "done", "solved")
     request = PartRequest(**{**values, **{name: tuple(values[name]) for name in names}})
     with _lock, one_thread():
         return _part_of(request).moments(request)
@@ -109,6 +111,8 @@ class _Part:
         else:
             batches = [_batches(self._work, stage, setup, task, own, "all") for task in request.tasks]
         self._walk = Walk(merged.encoder, expert.encoder, load_expert, batches, setup.regressed, held_out)
+        for reference in request.before:
+            self._apply(self._work.read(Reference.from_json(reference)).file(SOLUTIONS))
         self._done: list[Mapping[str, str]] = []
         self._solved: list[str] = []
 

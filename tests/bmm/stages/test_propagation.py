@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from bmm.errors import RecipeError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
 from bmm.sources import fingerprint_inputs
@@ -94,3 +97,38 @@ def test_every_map_may_have_the_strength_that_unseen_rows_ask_for(
     assert {name: pytest.approx(lam) for name, lam in lambdas.items()} == {name: coverage[name] for name in lambdas}, (
         "each map is published as its own rows asked for"
     )
+
+
+def test_a_second_round_starts_from_what_the_first_has_solved(merged: Path, edit_recipe: Callable[..., Path]) -> None:
+    edit_recipe(merged, regression={"lambda": 1.0}, search={})
+    first = search(merged)
+    once = set(walked(merged))
+    edit_recipe(merged, regression={"lambda": 1.0, "rounds": 2}, search={})
+    second = search(merged)
+    added = set(walked(merged)) - once
+    assert len(added) == 3, "the first round is taken from the store"
+    name = "encoder.layer.1.output.dense.weight"
+    one, two = (load_file(folder / "model.safetensors")[name] for folder in (first, second))
+    assert not torch.equal(one, two)
+    edit_recipe(merged, regression={"lambda": 1e6, "rounds": 2}, search={})
+    stiff = load_file(search(merged) / "model.safetensors")[name]
+    edit_recipe(merged, regression={"lambda": 1e6}, search={})
+    torch.testing.assert_close(stiff, load_file(search(merged) / "model.safetensors")[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_task_that_counts_for_more_is_fitted_better(merged: Path, edit_recipe: Callable[..., Path]) -> None:
+    name = "encoder.layer.0.attention.self.query.weight"
+    expert = load_file(merged / "experts" / "task0" / "model.safetensors")[f"bert.{name}"]
+
+    def distance(**regression: object) -> float:
+        edit_recipe(merged, regression=regression, search={})
+        return float((load_file(search(merged) / "model.safetensors")[name] - expert).norm())
+
+    for mode in ({"lambda": 0.01}, {"lambda": 0.01, "mode": "module-wise"}):
+        assert distance(**mode, task_weights={"task0": 1000}) < 0.9 * distance(**mode)
+
+
+def test_weights_are_for_experts_that_there_are(merged: Path, edit_recipe: Callable[..., Path]) -> None:
+    edit_recipe(merged, regression={"task_weights": {"nobody": 2}})
+    with pytest.raises(RecipeError, match="no expert is called 'nobody'; they are task0"):
+        Recipe.from_yaml(merged / "recipe.yaml")
