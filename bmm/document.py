@@ -16,7 +16,7 @@ from typing import Any
 
 from bmm.checkpoint.layout import Layout
 from bmm.digest import digest_json
-from bmm.notes import other_bases, singular_grams, unmeasured, zero_task_vectors
+from bmm.notes import other_bases, singular_grams, starved_experts, unmatched, unmeasured, zero_task_vectors
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import Result, Work
@@ -89,6 +89,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "bootstrap": evaluation["bootstrap"],
         "notes": [
             *other_bases({name: expert.get("trained_on") for name, expert in experts.items()}, inputs.base.source),
+            *unmatched(layout.unmatched),
             *_notes(results, inputs, work),
         ],
         "environment": environment(),
@@ -128,4 +129,9 @@ def _notes(results: Mapping[str, Result], inputs: Inputs, work: Work) -> list[st
     }
     coverage = work.read(results["search"].reference("search")).read_json("coverage.json")
     evaluation = work.read(results["evaluate"].reference("evaluation")).read_json("evaluation.json")
-    return [*unmeasured(evaluation["metrics"]), *zero_task_vectors(norms), *singular_grams(coverage)]
+    return [
+        *unmeasured(evaluation["metrics"]),
+        *zero_task_vectors(norms),
+        *starved_experts(coverage),
+        *singular_grams(coverage),
+    ]

@@ -66,5 +66,22 @@ def singular_grams(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def unmatched(names: Sequence[str]) -> list[str]:
+    """Name the encoder's parameters that some expert lacks, and that are published as the base has them."""
+    if not names:
+        return []
+    return [f"Not every expert has {names[0]}{_more(names)}: there the merged model is the base."]
+
+
+def starved_experts(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Count the matrices of mixtures of experts that too few calibration tokens reached."""
+    starved = {entry["parameter"]: entry["anchored_maps"] for entry in coverage if entry.get("anchored_maps")}
+    if not starved:
+        return []
+    count = sum(len(maps) for maps in starved.values())
+    which = f"matrices of experts of a mixture, the first in {next(iter(starved))}"
+    return [f"Too few calibration tokens reached {count} {which}: these keep the anchor; give more calibration rows."]
+
+
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,6 @@ class FusedAttention(nn.Module):
         return hidden
 
 
-def _auto(config: Any) -> nn.Module:
-    model: nn.Module = transformers.AutoModel.from_config(config)
-    return model
-
-
 _DEBERTA = {
     "relative_attention": True,
     "pos_att_type": ["c2p", "p2c"],
@@ -76,28 +72,37 @@ _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "bos_token_i
 _DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40}
 _DINO = {key: value for key, value in _IMAGE.items() if key != "intermediate_size"} | {"layerscale_value": 0.5}
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "bert": lambda: _auto(transformers.BertConfig(**_TEXT)),
-    "roberta": lambda: _auto(transformers.RobertaConfig(**_TEXT)),
-    "distilbert": lambda: _auto(transformers.DistilBertConfig(**_DISTIL, pad_token_id=0)),
-    "deberta-v2": lambda: _auto(transformers.DebertaV2Config(**_TEXT, **_DEBERTA)),
-    "vit": lambda: _auto(transformers.ViTConfig(**_IMAGE)),
-    "dinov2": lambda: _auto(transformers.Dinov2Config(**_DINO)),
-    "clip-vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**_IMAGE)),
-    "openclip": FusedAttention,
-    "gpt2": lambda: _auto(transformers.GPT2Config(**_GPT2)),
-    "llama": lambda: _auto(transformers.LlamaConfig(**_DECODER)),
-    "qwen2": lambda: _auto(transformers.Qwen2Config(**_DECODER)),
-    "qwen3": lambda: _auto(transformers.Qwen3Config(**_DECODER)),
-    "gemma": lambda: _auto(transformers.GemmaConfig(**_DECODER)),
-    "gemma2": lambda: _auto(transformers.Gemma2Config(**_DECODER)),
-    "t5-encoder": lambda: transformers.T5EncoderModel(transformers.T5Config(**_T5)),
-    "t5": lambda: _auto(transformers.T5Config(**_T5, feed_forward_proj="gated-gelu")),
-    "mixtral": lambda: _auto(transformers.MixtralConfig(**_DECODER, num_local_experts=3)),
-    "qwen2-moe": lambda: _auto(transformers.Qwen2MoeConfig(**_DECODER, **_EXPERTS, shared_expert_intermediate_size=12)),
-    "qwen3-moe": lambda: _auto(transformers.Qwen3MoeConfig(**_DECODER, **_EXPERTS)),
-    "whisper-encoder": lambda: WhisperEncoder(transformers.WhisperConfig(**_WHISPER)),
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: transformers.BertConfig(**_TEXT),
+    "roberta": lambda: transformers.RobertaConfig(**_TEXT),
+    "distilbert": lambda: transformers.DistilBertConfig(**_DISTIL, pad_token_id=0),
+    "deberta-v2": lambda: transformers.DebertaV2Config(**_TEXT, **_DEBERTA),
+    "vit": lambda: transformers.ViTConfig(**_IMAGE),
+    "dinov2": lambda: transformers.Dinov2Config(**_DINO),
+    "clip-vision": lambda: transformers.CLIPVisionConfig(**_IMAGE),
+    "gpt2": lambda: transformers.GPT2Config(**_GPT2),
+    "llama": lambda: transformers.LlamaConfig(**_DECODER),
+    "qwen2": lambda: transformers.Qwen2Config(**_DECODER),
+    "qwen3": lambda: transformers.Qwen3Config(**_DECODER),
+    "gemma": lambda: transformers.GemmaConfig(**_DECODER),
+    "gemma2": lambda: transformers.Gemma2Config(**_DECODER),
+    "t5-encoder": lambda: transformers.T5Config(**_T5),
+    "t5": lambda: transformers.T5Config(**_T5, feed_forward_proj="gated-gelu"),
+    "mixtral": lambda: transformers.MixtralConfig(**_DECODER, num_local_experts=3),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(**_DECODER, **_EXPERTS, shared_expert_intermediate_size=12),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**_DECODER, **_EXPERTS),
+    "whisper-encoder": lambda: transformers.WhisperConfig(**_WHISPER),
 }
+"""Configurations of transformers' families."""
+_OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "clip-vision": lambda: transformers.CLIPVisionModel(CONFIGS["clip-vision"]()),
+    "openclip": FusedAttention,
+    "t5-encoder": lambda: transformers.T5EncoderModel(CONFIGS["t5-encoder"]()),
+    "whisper-encoder": lambda: WhisperEncoder(CONFIGS["whisper-encoder"]()),
+}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    family: partial(lambda make: transformers.AutoModel.from_config(make()), make) for family, make in CONFIGS.items()
+} | _OTHERS
 MIXTURES = frozenset({"mixtral", "qwen2-moe", "qwen3-moe"})
 NOT_CHAINS = frozenset({"t5"})
 """Its decoder is fed by another stack beside the layer before."""

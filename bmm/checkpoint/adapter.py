@@ -79,6 +79,7 @@ class AdapterCheckpoint(Checkpoint):
         self._settings = settings
         self._contents = _sorted_out(path, stored)
         self._handles = {}
+        self._last = None
 
     @classmethod
     def over(cls, path: Path, base: Checkpoint) -> AdapterCheckpoint:
@@ -170,6 +171,9 @@ class AdapterCheckpoint(Checkpoint):
         magnitude = self._read(parts["magnitude"]) if "magnitude" in parts else None
         down, up = self._read(parts["down"]), self._read(parts["up"])
         return adapted(tensor, down, up, scaling, magnitude, self._orientation(weight.module, self.info(name).shape))
+
+    def conversion(self, name: str) -> None:
+        """Return nothing: an adapter stores no whole tensor in another form."""
 
     @property
     def config(self) -> dict[str, Any]:

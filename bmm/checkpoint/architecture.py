@@ -8,11 +8,11 @@ checkpoints here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from bmm.checkpoint.conversion import rules_of
 from bmm.digest import canonical_json
 from bmm.errors import CheckpointError
 
@@ -148,11 +148,11 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
         rest = set(names) - set(inner.values())
         return {f"{own}.{name}": stored for name, stored in inner.items()} | {name: name for name in rest}
     under = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
-    rename, parts = _renaming(canonical_json(checkpoint.config))
+    rules = rules_of(checkpoint.config)
     found = {}
     for name, stored in (under or {name: name for name in names}).items():
-        renamed, cut = rename(name)
-        if not under and parts and renamed.partition(".")[0] not in parts:
+        renamed, cut = rules.rename(name)
+        if not under and rules.parts and renamed.partition(".")[0] not in rules.parts:
             continue
         if cut:
             raise CheckpointError(
@@ -161,34 +161,3 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
             )
         found[renamed] = stored
     return found
-
-
-@lru_cache(maxsize=16)
-def _renaming(config: str) -> tuple[Callable[[str], tuple[str, bool]], frozenset[str]]:
-    """Return a function from a stored name to the loaded encoder's, and what the encoder's own parts are called.
-
-    The function also says whether the tensor itself is changed on loading.
-    """
-    import torch
-    import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    values = json.loads(config)
-    try:
-        settings = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
-        with torch.device("meta"):
-            model = transformers.AutoModel.from_config(settings, trust_remote_code=False)
-    except Exception:
-        # What is wrong with the configuration is said where the task's own model is built from it.
-        return lambda name: (name, False), frozenset()
-    # Of legacy names only LayerNorm's are known here, which `Checkpoint` modernises.
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-
-    def rename(name: str) -> tuple[str, bool]:
-        renamed, pattern = rename_source_key(name, renamings, converters)
-        return str(renamed), pattern is not None
-
-    return rename, frozenset(name.partition(".")[0] for name in model.state_dict())

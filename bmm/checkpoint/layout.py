@@ -73,6 +73,7 @@ class Layout:
         tokenizers: experts whose tokenizer has other tokens than the base's.
         tied: groups of names in the task models that stand for one parameter, which is merged under the first.
         copies: the base's stored names that repeat a merged parameter -> that parameter's canonical name.
+        unmatched: canonical names of the base's encoder parameters that some expert lacks (a pooler, say), sorted.
     """
 
     prefix: str
@@ -84,6 +85,7 @@ class Layout:
     tokenizers: tuple[str, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     copies: dict[str, str] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
 
     def extra_rows(self, expert: str) -> dict[str, int]:
         """Return by parameter of the head how many rows of its own an expert has."""
@@ -115,6 +117,7 @@ class Layout:
             "tokenizers": list(self.tokenizers),
             "tied": [list(names) for names in self.tied],
             "copies": dict(self.copies),
+            "unmatched": list(self.unmatched),
         }
 
     @classmethod
@@ -137,6 +140,7 @@ class Layout:
             tokenizers=tokenizers,
             tied=tuple(tuple(names) for names in value.get("tied", ())),
             copies=dict(value.get("copies", {})),
+            unmatched=tuple(value.get("unmatched", ())),
         )
 
 
@@ -176,14 +180,14 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             )
     shared: list[SharedParameter] = []
     heads: dict[str, dict[str, str]] = {expert: {} for expert in experts}
-    dropped = set(base.names()) - set(base_names.values()) - set(copies)
+    unmatched: list[str] = []
     for name in sorted(base_names.keys() | set().union(*expert_names.values())):
         holders = [expert for expert in experts if name in expert_names[expert]]
         complete = name in base_names and len(holders) == len(experts)
         if not complete and not _is_float(name, base, base_names, experts, expert_names):
             continue
         if not holders:
-            dropped.add(base_names[name])
+            unmatched.append(name)
         elif len(holders) < len(experts):
             raise CheckpointError(_partial(name, name in base_names, holders, list(experts)))
         elif complete:
@@ -208,8 +212,21 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             )
     extra, vocabulary = _own_rows(prefix, shared, heads, base, experts)
     merged = {parameter.name for parameter in shared}
-    copies = {stored: name for stored, name in copies.items() if name in merged}
-    return Layout(prefix, tuple(shared), heads, tuple(sorted(dropped)), extra, vocabulary, tokenizers, tied, copies)
+    kept = {stored: name for stored, name in copies.items() if name in merged}
+    alone = [base_names[name] for name in unmatched]
+    dropped = sorted((set(base.names()) - set(base_names.values()) - set(copies)).union(alone))
+    return Layout(
+        prefix,
+        tuple(shared),
+        heads,
+        tuple(dropped),
+        extra=extra,
+        vocabulary=vocabulary,
+        tokenizers=tokenizers,
+        tied=tied,
+        copies=kept,
+        unmatched=tuple(unmatched),
+    )
 
 
 def canonical_names(

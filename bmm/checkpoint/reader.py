@@ -1,13 +1,14 @@
 """Reading a Hugging Face model folder lazily: names, shapes, dtypes and digests at once, tensors one by one.
 
-Opening touches `config.json` and the headers of the weight files; torch is imported by `Checkpoint.tensor`
-alone, so planning and cache keys cost nothing. Whether checkpoints fit together is `bmm.checkpoint.layout`'s
-question.
+Opening touches `config.json` and the headers of the weight files, so cache keys cost nothing. Tensors that transformers
+joins or cuts on loading are given as the loaded model has them (`bmm.checkpoint.conversion`). Whether checkpoints fit
+together is `bmm.checkpoint.layout`'s question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from bmm.checkpoint.allowed import check_allowed
+from bmm.checkpoint.conversion import Conversion, rules_of
 from bmm.checkpoint.lora import ADAPTER_CONFIG
 from bmm.checkpoint.shards import INDEX, SINGLE, StoredTensor, Weights, find_weights, read_json_object
 from bmm.checkpoint.tensors import TensorInfo
@@ -59,6 +61,7 @@ class Checkpoint:
         self.support_files = support_files
         self._weights = weights
         self._handles: dict[Path, Any] = {}
+        self._last: tuple[Conversion, dict[str, Tensor]] | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -114,8 +117,15 @@ class Checkpoint:
         return None
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of all tensors, sorted; legacy LayerNorm names appear under their modern form."""
-        return tuple(sorted(self._weights.tensors))
+        """Return the names of all tensors, sorted; legacy LayerNorm names appear under their modern form.
+
+        Raises:
+            CheckpointError: a stored tensor lacks others that are to be joined with it.
+        """
+        stored = set(self._weights.tensors)
+        for conversion in self._conversions.values():
+            stored -= conversion.stored.keys()
+        return tuple(sorted(stored | self._conversions.keys()))
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of a tensor.
@@ -123,21 +133,41 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no tensor of that name.
         """
-        try:
+        if name in self._weights.tensors:
             return self._weights.tensors[name].info
-        except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor '{name}'") from None
+        if name in self._conversions:
+            return self._conversions[name].loaded[name]
+        raise CheckpointError(f"{self.path} has no tensor '{name}'")
 
     def tensor(self, name: str) -> Tensor:
-        """Load one tensor, on the CPU, in its stored shape and dtype.
+        """Load one tensor, on the CPU, in its stored shape and dtype; not to be written to.
 
-        The tensor's memory is a private mapping of the file: read when touched, never written back.
+        The memory of one that is stored as it is, is a private mapping of the file: read when touched. Of one that is
+        joined or cut, it is shared with the next call for the same.
 
         Raises:
             CheckpointError: there is no tensor of that name, or its file changed since it was opened.
         """
         self.info(name)
-        return self._read(self._weights.tensors[name])
+        if name in self._weights.tensors:
+            return self._read(self._weights.tensors[name])
+        conversion = self._conversions[name]
+        # A stack is asked for once for each of its matrices.
+        if self._last is None or self._last[0] is not conversion:
+            self._last = None
+            self._last = (conversion, conversion.load(self.tensor))
+        return self._last[1][name]
+
+    def conversion(self, name: str) -> Conversion | None:
+        """Return how a tensor is stored, where that is not as it is loaded."""
+        return self._conversions.get(name)
+
+    @cached_property
+    def _conversions(self) -> dict[str, Conversion]:
+        """Name of each tensor that is joined or cut on loading -> how."""
+        stored = {name: tensor.info for name, tensor in self._weights.tensors.items()}
+        found = rules_of(self._config).conversions(stored, str(self.path))
+        return {name: conversion for conversion in found for name in conversion.loaded}
 
     def _read(self, stored: StoredTensor) -> Tensor:
         from safetensors import SafetensorError, safe_open
@@ -189,6 +219,7 @@ class Checkpoint:
     def close(self) -> None:
         """Let go of the open files; a later `tensor` opens them again."""
         self._handles.clear()
+        self._last = None
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ on the same arithmetic whatever dtype they are published in.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,6 +95,9 @@ class TaskModel:
         self._head_loaded = False
         self._state = _EncoderState()
         self._shares = False
+        takes = inspect.signature(self.encoder.forward).parameters
+        # Others (BART) shift inside the encoder itself.
+        self._shifts = hasattr(module, "_shift_right") and "decoder_input_ids" in takes
 
     def load_head(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in everything that is this task's own, by the keys of the expert's checkpoint.
@@ -170,8 +174,18 @@ class TaskModel:
         return self.reader.prepare(rows)
 
     def batches(self, prepared: Prepared) -> Iterator[dict[str, Tensor]]:
-        """Return batches of this model's batch size."""
-        return prepared.batches(self.batch_size)
+        """Yield batches of this model's batch size, as its encoder takes them."""
+        for batch in prepared.batches(self.batch_size):
+            yield self.completed(batch)
+
+    def completed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch with what the decoder of an encoder-decoder reads, which its head makes of `input_ids` (T5).
+
+        That is every token one place later, so that a decoder's row is padding where the encoder's is.
+        """
+        if not self._shifts:
+            return batch
+        return {**batch, "decoder_input_ids": self.module._shift_right(batch["input_ids"])}
 
     def require_weights(self) -> None:
         """Refuse to answer without weights.

@@ -80,8 +80,10 @@ def joined(tables: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], l
 
 def shifted(batch: Mapping[str, Tensor], vocabulary: int, start: int) -> dict[str, Tensor]:
     """Return a batch whose tokens behind the shared vocabulary count from `start` there, as in tables `joined`."""
-    ids = batch["input_ids"]
-    return {**batch, "input_ids": torch.where(ids >= vocabulary, ids + start, ids)}
+    return {
+        name: torch.where(ids >= vocabulary, ids + start, ids) if name.endswith("input_ids") else ids
+        for name, ids in batch.items()
+    }
 
 
 def _extend_class(module: Any, count: int) -> None:

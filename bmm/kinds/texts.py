@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -101,6 +101,12 @@ class TextReader:
         self._module = module
         self._encoder = encoder
         self._task = task
+        # A decoder never looks ahead: behind a row's end padding changes nothing, before its beginning it would.
+        causal = any(getattr(part, "is_causal", False) for part in encoder.modules())
+        self._side: Literal["left", "right"] = "right" if causal else self._tokenizer.padding_side
+        if causal:
+            # By it such a classifier finds each row's last token; many a decoder's configuration has none.
+            module.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
 
     def prepare(self, rows: Sequence[TextRow]) -> TokenisedRows:
         """Return the rows as tokens, cut at `max_length`, sorted by length for batching.
@@ -113,7 +119,7 @@ class TextReader:
         types = getattr(self._module.config, "type_vocab_size", 2)
         # A model of one token type assumes it when told nothing, and fails when told of a second one.
         refused = {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
-        tokenised = tokenised_rows(self._tokenizer, rows, self._max_length, refused)
+        tokenised = replace(tokenised_rows(self._tokenizer, rows, self._max_length, refused), side=self._side)
         if not len(tokenised):
             return tokenised
         lengths = tokenised.lengths
@@ -128,6 +134,7 @@ class TextReader:
                 f"{self._task}: a row has {max(lengths)} tokens, but the model has {positions} positions; "
                 f"set task.max_length to at most {positions}"
             )
+        self._check_ends(tokenised, [row.text for row in rows])
         vocabulary = self._encoder.get_input_embeddings().num_embeddings
         largest = max(max(ids) for ids in tokenised.columns["input_ids"])
         if largest >= vocabulary:
@@ -136,6 +143,18 @@ class TextReader:
                 f"only {vocabulary} tokens; use the tokenizer that the model was trained with"
             )
         return tokenised
+
+    def _check_ends(self, tokenised: TokenisedRows, texts: Sequence[str]) -> None:
+        """Refuse rows without the one end by which encoder-decoders (T5, BART) know what to classify."""
+        config = self._module.config
+        if not config.is_encoder_decoder or not type(self._module).__name__.endswith("ForSequenceClassification"):
+            return
+        for ids, text in zip(tokenised.columns["input_ids"], texts, strict=True):
+            if list(ids).count(config.eos_token_id) != 1:
+                raise CheckpointError(
+                    f"{self._task}: the tokenizer in {self._folder} does not end the text {text[:60]!r} with the "
+                    f"model's eos_token_id {config.eos_token_id}, once; use the tokenizer that it was trained with"
+                )
 
 
 def _positions(encoder: nn.Module) -> int | None:
@@ -146,6 +165,6 @@ def _positions(encoder: nn.Module) -> int | None:
     rooms = [
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         for name, table in encoder.named_modules()
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(table, nn.Embedding)
     ]
     return min(rooms, default=None)

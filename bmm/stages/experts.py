@@ -104,7 +104,7 @@ def _expert_artefact(
 
 
 def _modules(kind: Kind, model: TaskModel) -> dict[str, Any]:
-    maps = discover(model.encoder, kind.probe(model))
+    maps = discover(model.encoder, model.completed(kind.probe(model)))
     embeddings = [
         f"{name}.weight" for name, module in model.encoder.named_modules() if isinstance(module, torch.nn.Embedding)
     ]

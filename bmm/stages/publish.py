@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.conversion import Conversion
 from bmm.checkpoint.layout import dotted
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, torch_dtype
@@ -35,6 +39,8 @@ from bmm.store import Draft, Reference
 
 # What a configuration says of labels and heads; the merged encoder has neither.
 _HEAD_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "finetuning_task")
+
+_Tensor = tuple[TensorInfo, Callable[[], Tensor]]
 
 
 def publish(work: Work, request: Request) -> dict[str, Any]:
@@ -76,24 +82,45 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
     wanted = DTYPES[request.settings["dtype"]]
     dtypes = published_dtypes(setup, wanted)
     kept, prefix = _kept(setup, base)
-    # As the base's own file calls them, which is what every version of transformers reads.
-    shared = {parameter.base_key.removeprefix(prefix): parameter for parameter in setup.layout.shared}
+    by_key = {parameter.base_key: parameter for parameter in setup.layout.shared}
     by_name = {parameter.name: parameter for parameter in setup.layout.shared}
-    # What the base stores twice because it is tied, its output stores twice.
-    shared |= {stored.removeprefix(prefix): by_name[name] for stored, name in setup.layout.copies.items()}
-    infos = [
-        TensorInfo(name, parameter.shape, dtype_name(dtypes[parameter.name])) for name, parameter in shared.items()
-    ]
+    # As the base's own file has them, which is what every version of transformers reads. What the base stores twice
+    # because it is tied, its output stores twice.
+    tensors: dict[str, _Tensor] = {}
+    for key, parameter in [*by_key.items(), *((key, by_name[name]) for key, name in setup.layout.copies.items())]:
+        conversion, dtype = base.conversion(key), dtypes[parameter.name]
+        if conversion is not None and conversion.loaded.keys() <= by_key.keys() and conversion.reversible:
+            if key == next(iter(conversion.loaded)):
+                tensors |= _as_stored(conversion, lambda key: merged(by_key[key].name), dtype)
+        else:
+            info = TensorInfo(key, parameter.shape, dtype_name(dtype))
+            tensors[key] = (info, partial(merged, parameter.name))
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     for name, key in kept.items():
         info = base.info(key)
-        infos.append(TensorInfo(name, info.shape, wanted if wanted and info.is_float else info.dtype))
-    infos.sort(key=lambda info: info.name)
-    written = {info.name: torch_dtype(info.dtype) for info in infos}
+        info = replace(info, dtype=wanted if wanted and info.is_float else info.dtype)
+        tensors[name] = (info, partial(_kept_tensor, base, info))
+    infos = [replace(info, name=name) for name, (info, _) in sorted(tensors.items())]
+    largest = parse_bytes(request.settings["max_shard_size"])
+    write_weights(folder, infos, lambda name: tensors[name][1](), largest)
 
-    def get(name: str) -> Tensor:
-        return base.tensor(kept[name]).to(written[name]) if name in kept else merged(shared[name].name)
 
-    write_weights(folder, infos, get, parse_bytes(request.settings["max_shard_size"]))
+def _kept_tensor(base: Checkpoint, info: TensorInfo) -> Tensor:
+    return base.tensor(info.name).to(torch_dtype(info.dtype))
+
+
+def _as_stored(conversion: Conversion, get: Callable[[str], Tensor], dtype: torch.dtype) -> dict[str, _Tensor]:
+    """Return the tensors that loaded ones are stored as, which are all computed with the first that is asked for."""
+    left: dict[str, Tensor] = {}
+
+    def take(name: str) -> Tensor:
+        if not left:
+            left.update(conversion.store(get))
+        return left.pop(name)
+
+    return {
+        name: (replace(info, dtype=dtype_name(dtype)), partial(take, name)) for name, info in conversion.stored.items()
+    }
 
 
 def _kept(setup: Setup, base: Checkpoint) -> tuple[dict[str, str], str]:
@@ -112,7 +139,7 @@ def _kept(setup: Setup, base: Checkpoint) -> tuple[dict[str, str], str]:
 
 
 def _tower(setup: Setup) -> bool:
-    return kind_of(setup.experts[0].task["kind"]).architecture.tower is not None
+    return any(kind_of(expert.task["kind"]).architecture.tower is not None for expert in setup.experts)
 
 
 def _config(setup: Setup, config: dict[str, Any], architecture: str, dtype: str) -> dict[str, Any]:

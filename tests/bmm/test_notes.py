@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bmm.notes import other_bases, singular_grams, unmeasured, zero_task_vectors
+from bmm.notes import other_bases, singular_grams, starved_experts, unmatched, unmeasured, zero_task_vectors
 
 
 def norms(**values: float) -> dict[str, dict[str, float]]:
@@ -48,3 +48,18 @@ def test_rows_that_are_missing_are_told() -> None:
     (said,) = unmeasured(("test",))
     assert "no validation rows" in said
     assert "no test rows" in unmeasured(())[0]
+
+
+def test_parameters_that_the_base_alone_has_are_named() -> None:
+    assert unmatched([]) == []
+    assert unmatched(["pooler.weight", "pooler.bias"]) == [
+        "Not every expert has pooler.weight and 1 more: there the merged model is the base."
+    ]
+
+
+def test_experts_of_a_mixture_that_kept_the_anchor_are_counted() -> None:
+    reached = {"parameter": "up", "anchored_maps": []}
+    starved = {"parameter": "down", "anchored_maps": ["down.0", "down.2"]}
+    assert starved_experts([{"parameter": "query"}, reached]) == []
+    (note,) = starved_experts([{"parameter": "query"}, reached, starved])
+    assert note.startswith("Too few calibration tokens reached 2 matrices of experts of a mixture, the first in down:")

@@ -1,0 +1,129 @@
+"""Whole merges of every family: no parameter is left at the base, and the coverage says the truth about each.
+
+Checkpoints are as `save_pretrained` writes them and everything is read back by transformers alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from family_checkpoints import (
+    EXPERTS,
+    LABELS,
+    answers,
+    build_classifiers,
+    build_language_models,
+    config_of,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import bmm
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]
+
+CLASSIFIERS = (
+    *("bert", "roberta", "distilbert", "deberta-v2", "t5", "gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2"),
+    *("mixtral", "qwen2-moe", "qwen3-moe"),
+)
+LANGUAGE_MODELS = (
+    *(("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen3", False)),
+    *(("gemma", True), ("gemma2", True), ("mixtral", False), ("qwen2-moe", True), ("qwen3-moe", False)),
+)
+"""With whether input and output tables are tied."""
+# Looked up or added, never multiplied with anything; all else of two dimensions and more is a linear map.
+TABLES = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "cls_token", "mask_token")
+
+
+def merge(path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """Merge by a changed recipe; return the model's folder and `merge.json`."""
+    recipe = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    output = bmm.merge(bmm.Recipe.from_yaml(path), store=path.parent / "store").output
+    return output, json.loads((output / "merge.json").read_text())
+
+
+def loaded(auto_class: Any, folder: Path) -> Any:
+    """Load a model by transformers alone; every tensor must be found and none be left over."""
+    model, told = auto_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(told[word] for word in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def check_coverage(
+    document: dict[str, Any], base: Any, experts: list[Any], merged: Any, mode: str, *, anchor: str = "tsv"
+) -> None:
+    """Hold what the coverage says of each parameter against the models themselves."""
+    models = [dict(model.named_parameters()) for model in (base, *experts, merged)]
+    coverage = {entry["parameter"]: entry for entry in document["coverage"]}
+    alone = models[-1].keys() - coverage.keys()
+    assert all(name not in model for model in models[1:-1] for name in alone), f"{alone} are left at the base"
+    assert bool(alone) is any("there the merged model is the base" in note for note in document["notes"])
+    assert coverage.keys() <= models[-1].keys()
+    for name, entry in coverage.items():
+        origin, *tuned, found = (model[name] for model in models)
+        treatment = entry["treatment"]
+        assert entry["shape"] == list(found.shape)
+        assert not torch.equal(found, origin), f"{name} is left at the base"
+        mean = torch.stack(tuned).mean(0)
+        if found.ndim >= 2 and not any(word in name for word in TABLES):
+            assert treatment == "regressed", f"{name} is {treatment}"
+        if treatment == "regressed":
+            assert entry["lambda"] > 0
+            assert not torch.allclose(found, mean, atol=1e-4), f"{name} is said to be regressed, and is the mean"
+            assert found.ndim >= 2 or mode == "propagated"
+        elif anchor == "tsv":
+            assert treatment == "averaged", f"{name} is {treatment}"
+            torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-6)
+
+
+def check_answers(output: Path, document: dict[str, Any]) -> None:
+    """Put encoder and heads together by transformers alone, and ask them the test rows one at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    for name in EXPERTS:
+        head = output / "heads" / f"{name}.safetensors"
+        with safe_open(head, framework="pt") as file:
+            config = json.loads(file.metadata()["config"])
+        settings = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(output, config=settings)
+        assert not model.load_state_dict(load_file(head), strict=False).unexpected_keys
+        rows = [json.loads(line) for line in (output.parent / "data" / f"{name}-test.jsonl").read_text().splitlines()]
+        inputs = [tokenizer(row["text"], return_tensors="pt", return_token_type_ids=False) for row in rows]
+        right = [said == row["label"] for said, row in zip(answers(model, inputs), rows, strict=True)]
+        told = document["metrics"]["test"][name]
+        assert told["merged"] == pytest.approx(sum(right) / len(right))
+        # The labels are what the expert itself answers, alone; here it saw them padded, in batches.
+        assert told["expert"] == 1.0
+        assert {row["label"] for row in rows} <= set(LABELS)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classifiers_merge_whole(tmp_path: Path, family: str) -> None:
+    path = build_classifiers(tmp_path, config_of(family))
+    classifier, encoder = transformers.AutoModelForSequenceClassification, transformers.AutoModel
+    experts = [loaded(classifier, tmp_path / name).base_model for name in EXPERTS]
+    base = loaded(encoder, tmp_path / "base")
+    for mode in ("propagated", "module-wise"):
+        output, document = merge(path, regression={"mode": mode})
+        check_coverage(document, base, experts, loaded(encoder, output), mode)
+        check_answers(output, document)
+        stored = [load_file(folder / "model.safetensors").keys() for folder in (tmp_path / "base", output)]
+        assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize(("family", "tied"), LANGUAGE_MODELS)
+def test_language_models_merge_whole(tmp_path: Path, family: str, tied: bool) -> None:
+    path = build_language_models(tmp_path, config_of(family, tie_word_embeddings=tied))
+    auto_class = transformers.AutoModelForCausalLM
+    base, *experts = (loaded(auto_class, tmp_path / name) for name in ("base", *EXPERTS))
+    output, document = merge(path, regression={"mode": "propagated"})
+    merged = loaded(auto_class, output)
+    assert ("lm_head.weight" in dict(merged.named_parameters())) is not tied
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
+    check_coverage(document, base, experts, merged, "propagated")
