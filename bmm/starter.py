@@ -6,14 +6,14 @@ find it leaves as a placeholder and says so. Nothing is loaded but headers and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError, DataError, OutputError, UserError
 from bmm.kinds.settings import SplitSource
-from bmm.recipe_text import ExpertEntry, TextKeys, recipe_text
+from bmm.recipe_text import ExpertEntry, ImageKeys, TextKeys, recipe_text
 
 _FILE = "recipe.yaml"
 _SPLITS = {
@@ -23,8 +23,12 @@ _SPLITS = {
 }
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "body", "tweet", "message", "question")
+_IMAGE_COLUMNS = ("image", "img", "picture", "pixels", "path", "file_name", "file")
 _LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment")
 _LONGEST = 128
+_ADAPTER = "adapter_config.json"
+_KINDS = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
+"""How an architecture's name ends, and the kind of task that its checkpoints are for."""
 
 
 def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
     bases, experts = _checkpoints(folder)
     if len(experts) < 2:
         raise UserError(
-            f"{folder} holds {len(experts)} sequence classifiers in safetensors, a merge needs at least two; "
+            f"{folder} holds {len(experts)} classifiers of texts or images in safetensors, a merge needs at least two; "
             "put each expert into a folder of its own, as save_pretrained writes it"
         )
     gaps = []
@@ -49,8 +53,9 @@ def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
     if not bases:
         gaps.append("base_model: no base was found; name its folder or hub id")
     entries = []
-    for path in experts:
-        entry, missing = _entry(folder, path)
+    positions = _positions(bases[0]) if bases else _LONGEST
+    for path, kind in experts.items():
+        entry, missing = _entry(folder, path, kind, positions)
         entries.append(entry)
         gaps += [f"{entry.name}: {gap}" for gap in missing]
     text = recipe_text(entries, file=_FILE, output="./merged", anchor="wudi", trials=24, seed=0, base=base)
@@ -63,26 +68,31 @@ def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
     return {"recipe": str(target), "base": base, "experts": [entry.name for entry in entries], "to_complete": gaps}
 
 
-def _checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders that hold encoders without a head of ours, and those that hold sequence classifiers."""
+def _checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return the folders that hold encoders without a head of ours, and those of experts with their kinds of task."""
     bases: list[Path] = []
-    experts: list[Path] = []
+    experts: dict[Path, str] = {}
     for config in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
-        # An earlier merge's output is neither.
-        if (config.parent / "merge.json").exists():
+        # An earlier merge's output is neither, and what lies beside an adapter is the adapter's.
+        if (config.parent / "merge.json").exists() or (config.parent / _ADAPTER).exists():
             continue
         try:
             with Checkpoint.open(config.parent) as checkpoint:
                 architectures: list[str] = checkpoint.config.get("architectures") or [""]
         except CheckpointError:
             continue
-        classifier = architectures[0].endswith("ForSequenceClassification") and config.parent.name != "base"
-        (experts if classifier else bases).append(config.parent)
+        kind = next((kind for end, kind in _KINDS.items() if architectures[0].endswith(end)), None)
+        if kind is None or config.parent.name == "base":
+            bases.append(config.parent)
+        else:
+            experts[config.parent] = kind
+    for config in sorted([*folder.glob(f"*/{_ADAPTER}"), *folder.glob(f"*/*/{_ADAPTER}")]):
+        experts[config.parent] = "text-classification"
     bases.sort(key=lambda path: (path.name != "base", len(path.parts), path))
-    return bases, experts
+    return bases, dict(sorted(experts.items()))
 
 
-def _entry(folder: Path, path: Path) -> tuple[ExpertEntry, list[str]]:
+def _entry(folder: Path, path: Path, kind: str, positions: int) -> tuple[ExpertEntry, list[str]]:
     """Return an expert's part of the recipe and what is missing from it."""
     name = "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in path.name).lstrip("_.-")
     splits, missing = {}, []
@@ -93,22 +103,37 @@ def _entry(folder: Path, path: Path) -> tuple[ExpertEntry, list[str]]:
         splits[split] = found or f"data/{path.name}/{split}.jsonl"
     if splits["calibration"].rpartition("/")[2].startswith("train"):
         missing.append("the calibration rows are the training rows; give `rows:` a number to take a sample")
-    text, label, columns = _columns(folder, splits["validation"])
-    if columns and text not in columns:
-        missing.append(f"no text column was recognised among {', '.join(columns)}; name it in task.text")
+    what, wanted = ("image", _IMAGE_COLUMNS) if kind == "image-classification" else ("text", _TEXT_COLUMNS)
+    column, label, columns = _columns(folder, splits["validation"], what, wanted)
+    if columns and column not in columns:
+        missing.append(f"no {what} column was recognised among {', '.join(columns)}; name it in task.{what}")
     if columns and label not in columns:
         missing.append(f"no label column was recognised among {', '.join(columns)}; name it in task.label")
-    with Checkpoint.open(path) as checkpoint:
-        positions = int(checkpoint.config.get("max_position_embeddings") or _LONGEST)
-        classes = len(checkpoint.config.get("id2label") or {}) or 2
+    if what == "image":
+        task: TextKeys | ImageKeys = ImageKeys(image=column, label=label)
+    else:
+        task = TextKeys(min(_LONGEST, positions), text=column, label=label)
     entry = ExpertEntry(
         name=name or "expert",
-        title=f"{classes} classes",
+        title=_title(path),
         model=f"./{path.relative_to(folder).as_posix()}",
         splits=splits,
-        task=TextKeys(min(_LONGEST, positions), text=text, label=label),
+        task=task,
     )
     return entry, missing
+
+
+def _positions(base: Path) -> int:
+    """Return how many tokens the base has positions for."""
+    with Checkpoint.open(base) as checkpoint:
+        return int(checkpoint.config.get("max_position_embeddings") or _LONGEST)
+
+
+def _title(path: Path) -> str:
+    if (path / _ADAPTER).exists():
+        return "an adapter of the base"
+    with Checkpoint.open(path) as checkpoint:
+        return f"{len(checkpoint.config.get('id2label') or {}) or 2} classes"
 
 
 def _rows(folder: Path, expert: Path, names: Iterable[str]) -> str | None:
@@ -123,8 +148,8 @@ def _rows(folder: Path, expert: Path, names: Iterable[str]) -> str | None:
     return None
 
 
-def _columns(folder: Path, path: str) -> tuple[str, str, list[str]]:
-    """Guess the text and the label column of a file; return them and the columns there are."""
+def _columns(folder: Path, path: str, what: str, wanted: Sequence[str]) -> tuple[str, str, list[str]]:
+    """Guess the column of texts or images and the label column of a file; return them and the columns there are."""
     from bmm.evaluation.tables import opened
 
     builder = {".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json")
@@ -133,6 +158,6 @@ def _columns(folder: Path, path: str) -> tuple[str, str, list[str]]:
             columns = list(table.column_names)
     except DataError:
         columns = []
-    text = next((name for name in _TEXT_COLUMNS if name in columns), "text")
+    column = next((name for name in wanted if name in columns), what)
     label = next((name for name in _LABEL_COLUMNS if name in columns), "label")
-    return text, label, columns
+    return column, label, columns

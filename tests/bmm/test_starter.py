@@ -1,0 +1,67 @@
+"""What `bmm init` finds: texts, images and adapters, by what lies in the folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from bmm.errors import UserError
+from bmm.recipe import Recipe
+from bmm.starter import write_recipe
+
+
+def test_text_classifiers_get_a_recipe_that_is_complete(pico: Path) -> None:
+    (pico / "recipe.yaml").unlink()
+    found = write_recipe(pico)
+    assert found["to_complete"] == []
+    recipe = Recipe.from_yaml(pico / "recipe.yaml")
+    assert [expert.name for expert in recipe.experts] == found["experts"]
+    assert {expert.task.kind for expert in recipe.experts if expert.task} == {"text-classification"}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = ViTConfig(**shape, image_size=8, patch_size=4, num_labels=3)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    for name in ("birds", "fish"):
+        ViTForImageClassification(config).save_pretrained(tmp_path / "experts" / name)
+        for split in ("calibration", "validation", "test"):
+            path = tmp_path / "data" / name / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"picture": f"{split}.png", "category": "LABEL_1"}) + "\n")
+    return tmp_path
+
+
+def test_image_classifiers_are_found_with_their_columns(images: Path) -> None:
+    found = write_recipe(images)
+    assert found["to_complete"] == []
+    recipe = Recipe.from_yaml(images / "recipe.yaml")
+    assert [expert.name for expert in recipe.experts] == ["birds", "fish"]
+    for expert in recipe.experts:
+        assert expert.task is not None
+        said = expert.task.model_dump()
+        assert (said["kind"], said["image"], said["label"]) == ("image-classification", "picture", "category")
+
+
+def test_an_adapter_is_an_expert_and_what_lies_beside_it_is_its_own(pico: Path) -> None:
+    (pico / "recipe.yaml").unlink()
+    experts = sorted((pico / "experts").iterdir())
+    for file in experts[0].glob("*.safetensors"):
+        file.unlink()
+    (experts[0] / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "SEQ_CLS"}))
+    found = write_recipe(pico)
+    assert found["experts"] == [path.name for path in experts]
+    assert "an adapter of the base" in (pico / "recipe.yaml").read_text()
+
+
+def test_a_folder_without_experts_is_refused(images: Path) -> None:
+    shutil.rmtree(images / "experts" / "fish")
+    with pytest.raises(UserError, match="holds 1 classifiers of texts or images"):
+        write_recipe(images)
