@@ -79,6 +79,7 @@ def write_recipe(folder: Path, task: dict[str, Any], **changes: Any) -> Path:
         "search": "none",
         "cluster": {"workers": 1},
         "evaluation": {"bootstrap_samples": 100, "batch_size": 8, "compare": []},
+        "coverage": {"minimum": 1},
         "tracking": {"enabled": False},
         **changes,
     }

@@ -20,9 +20,11 @@ from family_checkpoints import (
     build_classifiers,
     build_language_models,
     config_of,
+    move,
 )
+from images import build_clip, build_images, save_processor
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bmm
 
@@ -127,3 +129,100 @@ def test_language_models_merge_whole(tmp_path: Path, family: str, tied: bool) ->
     assert ("lm_head.weight" in dict(merged.named_parameters())) is not tied
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
     check_coverage(document, base, experts, merged, "propagated")
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_image_classifiers_merge_whole(tmp_path: Path, family: str) -> None:
+    path = build_images(tmp_path, family, trained=False)
+    classifier, encoder = transformers.AutoModelForImageClassification, transformers.AutoModel
+    experts = []
+    for seed in (1, 2):
+        model = classifier.from_pretrained(tmp_path / "base", num_labels=2, id2label={0: "dark", 1: "light"})
+        move(model, seed)
+        folder = tmp_path / "experts" / f"task{seed - 1}"
+        model.save_pretrained(folder)
+        save_processor(folder)
+        experts.append(loaded(classifier, folder).base_model)
+    base = loaded(encoder, tmp_path / "base")
+    for mode in ("propagated", "module-wise"):
+        output, document = merge(path, regression={"mode": mode}, search="none", tracking={"enabled": False})
+        check_coverage(document, base, experts, loaded(encoder, output), mode)
+
+
+def test_a_vision_tower_merges_whole(tmp_path: Path) -> None:
+    path = build_clip(tmp_path)
+    base = loaded(transformers.CLIPModel, tmp_path / "base")
+    experts = []
+    for seed in (1, 2):
+        model = transformers.CLIPModel.from_pretrained(tmp_path / "base")
+        move(model.vision_model, seed)
+        folder = tmp_path / "experts" / f"task{seed - 1}"
+        model.save_pretrained(folder)
+        save_processor(folder)
+        experts.append(model.vision_model)
+    for mode in ("propagated", "module-wise"):
+        output, document = merge(path, regression={"mode": mode}, search="none", tracking={"enabled": False})
+        merged = loaded(transformers.CLIPModel, output)
+        check_coverage(document, base.vision_model, experts, merged.vision_model, mode)
+        frozen = dict(base.named_parameters())
+        assert all(
+            torch.equal(parameter, frozen[name])
+            for name, parameter in merged.named_parameters()
+            if not name.startswith("vision_model.")
+        )
+
+
+@pytest.mark.parametrize(("family", "anchor"), [("gpt2", "wudi"), ("gpt2", "ties"), ("mixtral", "wudi")])
+def test_transposed_and_stacked_matrices_merge_around_other_anchors(tmp_path: Path, family: str, anchor: str) -> None:
+    path = build_classifiers(tmp_path, config_of(family))
+    experts = [loaded(transformers.AutoModelForSequenceClassification, tmp_path / name).base_model for name in EXPERTS]
+    base = loaded(transformers.AutoModel, tmp_path / "base")
+    output, document = merge(path, anchor={"method": anchor}, regression={"mode": "module-wise"})
+    check_coverage(document, base, experts, loaded(transformers.AutoModel, output), "module-wise", anchor=anchor)
+    output, document = merge(path, regression={"mode": "module-wise", "lambda": 1e9}, anchor={"method": anchor})
+    anchored = dict(loaded(transformers.AutoModel, output).named_parameters())
+    # The anchor itself, from the definition: on rows of the other orientation it would be another matrix.
+    name = "h.1.mlp.c_fc.weight" if family == "gpt2" else "layers.1.mlp.experts.down_proj"
+    origin, *tuned = (dict(model.named_parameters())[name] for model in (base, *experts))
+    assert not torch.equal(anchored[name], origin)
+    if anchor == "wudi":
+        turned = [[part.T for part in (origin, *tuned)]] if family == "gpt2" else zip(origin, *tuned, strict=True)
+        expected = torch.stack([wudi(*parts) for parts in turned])
+        found = anchored[name].T[None] if family == "gpt2" else anchored[name]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def wudi(origin: torch.Tensor, *tuned: torch.Tensor) -> torch.Tensor:
+    """Return WUDI's minimiser `W_0 + Σ τ G (Σ G)⁻¹`, `G = τᵀτ / |τ|²` (arXiv 2503.08099), in float64."""
+    vectors = [(one - origin).double() for one in tuned]
+    grams = [vector.T @ vector / vector.square().sum() for vector in vectors]
+    total = sum(vector @ gram for vector, gram in zip(vectors, grams, strict=True))
+    return (origin.double() + total @ torch.linalg.pinv(sum(grams))).float()
+
+
+@pytest.mark.parametrize("mode", ["propagated", "module-wise"])
+def test_experts_of_a_mixture_that_no_token_reaches_keep_the_anchor(tmp_path: Path, mode: str) -> None:
+    path = build_classifiers(tmp_path, config_of("mixtral", num_experts_per_tok=1))
+    for folder in ("base", *EXPERTS):
+        # Of v·h, -v·h and 0 the last is never the largest.
+        file = tmp_path / folder / "model.safetensors"
+        tensors = load_file(file)
+        for name, router in tensors.items():
+            if name.endswith("block_sparse_moe.gate.weight"):
+                tensors[name] = torch.stack([router[0], -router[0], torch.zeros_like(router[0])])
+        save_file(tensors, file, metadata={"format": "pt"})
+    experts = [loaded(transformers.AutoModelForSequenceClassification, tmp_path / name).base_model for name in EXPERTS]
+    output, document = merge(path, regression={"mode": mode}, anchor={"method": "average"})
+    merged = dict(loaded(transformers.AutoModel, output).named_parameters())
+    (note,) = (note for note in document["notes"] if note.startswith("Too few calibration tokens"))
+    assert " reached 4 matrices of experts of a mixture" in note
+    for entry in document["coverage"]:
+        if ".experts." not in entry["parameter"]:
+            continue
+        name = entry["parameter"]
+        assert entry["treatment"] == "regressed"
+        assert entry["anchored_maps"] == [f"{name}.2"]
+        mean = torch.stack([dict(model.named_parameters())[name] for model in experts]).mean(0)
+        torch.testing.assert_close(merged[name][2], mean[2], rtol=1e-5, atol=1e-6)
+        for index in (0, 1):
+            assert not torch.allclose(merged[name][index], mean[index], atol=1e-3)
