@@ -79,6 +79,11 @@ class Row:
     seeded: bool
     chosen: bool = False
 
+    @property
+    def anchor(self) -> bool:
+        """Whether it is one of this project's anchor methods."""
+        return isinstance(self.how, How) and self.how.stage == "anchor"
+
 
 def rows(trials: int, *, quick: bool = False) -> list[Row]:
     """Return all rows, searches with so many trials; quickly, without the slow ones and most of other projects'."""

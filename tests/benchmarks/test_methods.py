@@ -130,20 +130,26 @@ def test_a_row_that_is_not_there_is_told(pico: Path, capsys: pytest.CaptureFixtu
     assert "there is no row 'averge'; choose from average, " in " ".join(capsys.readouterr().err.split())
 
 
-def row(method: str, share: float, *, ours: bool = False, data_free: bool = False) -> dict[str, Any]:
+def row(
+    method: str, share: float, *, ours: bool = False, anchor: bool = False, data_free: bool = False
+) -> dict[str, Any]:
     return {
         "method": method,
         "ours": ours,
+        "anchor": anchor,
         "data_free": data_free,
         "merged": True,
         "share_of_experts": {"mean": share},
     }
 
 
-def test_targets_are_held_against_the_best_published_method() -> None:
+def test_targets_are_held_against_anchors_and_what_needs_no_data_against_all_that_needs_none() -> None:
     table = [
-        row("WUDI", 0.95, data_free=True),
-        row("RegMean", 0.97),
+        row("WUDI", 0.94, anchor=True, data_free=True),
+        row("RegMean", 0.97, anchor=True),
+        # No anchor, but a method without data all the same.
+        row("somebody's", 0.95, data_free=True),
+        row("RegMean++", 0.99),
         row("propagated", 0.985, ours=True),
         row("module-wise, searched", 0.965, ours=True),
         row("ours without data", 0.96, ours=True, data_free=True),
