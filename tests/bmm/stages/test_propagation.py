@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from distributed import Client
 from safetensors.torch import load_file
 
 from bmm.errors import RecipeError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
 from bmm.sources import fingerprint_inputs
+from bmm.stages import propagation
 from bmm.store import Entry, Store
 
 UPTO_SEARCH = ("experts", "task-vectors", "grams", "anchor", "search")
@@ -132,3 +137,29 @@ def test_weights_are_for_experts_that_there_are(merged: Path, edit_recipe: Calla
     edit_recipe(merged, regression={"task_weights": {"nobody": 2}})
     with pytest.raises(RecipeError, match="no expert is called 'nobody'; they are task0"):
         Recipe.from_yaml(merged / "recipe.yaml")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_on_the_way_changes_no_byte(
+    merged: Path, edit_recipe: Callable[..., Path], dask_scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
+    store = Store(merged / "store")
+    for entry in store.entries():
+        if entry.kind in ("walk", "search", "stage-search"):
+            assert store.remove(entry)
+    edit_recipe(merged, cluster={"scheduler": dask_scheduler})
+    ask, asked = propagation.run_all, []
+
+    def ask_and_kill(client: Client, *arguments: Any, **options: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 3:
+            # In the middle of the first layer.
+            processes = client.run(os.getpid)
+            os.kill(next(iter(processes.values())), signal.SIGKILL)
+        return ask(client, *arguments, **options)
+
+    monkeypatch.setattr(propagation, "run_all", ask_and_kill)
+    search(merged)
+    assert len(asked) > 3
+    assert {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()} == before
