@@ -77,7 +77,8 @@ class Panel:
     def measured(self, task: str, split: str, answers: torch.Tensor) -> Measured:
         """Return what a model's answers on a split are worth, by the task's metric."""
         said = self._experts[task].task
-        metric = kind_of(said["kind"]).metrics[said["metric"]]
+        names = self._artefacts[task].read_json("expert.json")["labels"]
+        metric = kind_of(said["kind"]).metric(said["metric"], names)
         labels = [row.label for row in self._split(task, split).rows]
         return Measured(metric, metric.statistics(answers, labels))
 

@@ -99,6 +99,14 @@ class Architecture:
         """
         return tuple(sorted(names for names in self._parameters(checkpoint) if len(names) > 1))
 
+    def parameters(self, checkpoint: Checkpoint) -> frozenset[str]:
+        """Return the names of all parameters that such a model has, tied ones under each of their names.
+
+        Raises:
+            CheckpointError: the config does not describe a model that transformers can build.
+        """
+        return frozenset(name for names in self._parameters(checkpoint) for name in names)
+
     def _parameters(self, checkpoint: Checkpoint) -> list[tuple[str, ...]]:
         """Return the names of each parameter, those of tied ones together."""
         # Of a model of several towers only one counts.

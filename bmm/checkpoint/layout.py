@@ -188,6 +188,11 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             continue
         if not holders:
             unmatched.append(name)
+        elif len(holders) < len(experts) and _unneeded(f"{dotted(prefix)}{name}", holders, experts, architectures):
+            # A pooler, say, that one kind of model does without: it travels with the heads that need it.
+            for expert in holders:
+                heads[expert][f"{dotted(prefix)}{name}"] = expert_names[expert][name]
+            unmatched += [name] if name in base_names else []
         elif len(holders) < len(experts):
             raise CheckpointError(_partial(name, name in base_names, holders, list(experts)))
         elif complete:
@@ -363,6 +368,18 @@ def _is_float(
     if name in base_names:
         infos.append(base.info(base_names[name]))
     return any(info.is_float for info in infos)
+
+
+def _unneeded(
+    name: str, holders: Sequence[str], experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]
+) -> bool:
+    """Say whether the experts that lack a parameter are of other kinds than its holders, and do without it."""
+    kinds = {architectures[expert].auto_class for expert in holders}
+    lacking = [expert for expert in experts if expert not in holders]
+    return all(
+        architectures[expert].auto_class not in kinds and name not in architectures[expert].parameters(experts[expert])
+        for expert in lacking
+    )
 
 
 def _partial(name: str, in_base: bool, holders: list[str], experts: list[str]) -> str:

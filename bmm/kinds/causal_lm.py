@@ -24,9 +24,8 @@ from bmm.evaluation.scores import Metric, Statistics, ratio, share, share_score
 from bmm.evaluation.tokens import TokenisedRows, load_tokenizer, quiet_transformers
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import CausalLM, SplitSource
-from bmm.kinds.texts import check_texts, folded
+from bmm.kinds.texts import check_texts, folded, probe_tokens
 
-_PROBE_TOKENS = 8
 # Logits of a vocabulary are large: as many rows at a time as stay below this.
 _LOGIT_BYTES = 512 * 2**20
 
@@ -137,8 +136,7 @@ class CausalLMKind(Kind):
     @override
     def probe(self, model: TaskModel) -> dict[str, Tensor]:
         """Return a few tokens."""
-        tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return probe_tokens()
 
     def _module(self, config: Mapping[str, Any], task: str) -> Any:
         module = build_module(config, self.architecture, task)

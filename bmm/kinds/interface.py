@@ -56,6 +56,10 @@ class Kind(ABC):
         """
         return None
 
+    def metric(self, name: str, labels: Sequence[str]) -> Metric:  # noqa: ARG002 - other kinds need the names
+        """Return a metric by the recipe's word; `labels` are the class names."""
+        return self.metrics[name]
+
     @abstractmethod
     def load_split(self, source: SplitSource, task: Any, labels: Sequence[str], folder: Path, where: str) -> Split:
         """Read one split of one expert's task.

@@ -7,6 +7,7 @@ from bmm.kinds.image_classification import ImageClassificationKind
 from bmm.kinds.interface import Kind
 from bmm.kinds.text_classification import TextClassificationKind
 from bmm.kinds.text_regression import TextRegressionKind
+from bmm.kinds.token_classification import TokenClassificationKind
 from bmm.kinds.zero_shot_image_classification import ZeroShotImageClassificationKind
 
 _KINDS: dict[str, Kind] = {
@@ -14,6 +15,7 @@ _KINDS: dict[str, Kind] = {
     for kind in (
         TextClassificationKind(),
         TextRegressionKind(),
+        TokenClassificationKind(),
         ImageClassificationKind(),
         ZeroShotImageClassificationKind(),
         CausalLMKind(),

@@ -76,6 +76,18 @@ class ImageClassification(_Task):
     metric: ClassMetric = "accuracy"
 
 
+class TokenClassification(_Task):
+    """A list of words a row, and a class for each of them."""
+
+    kind: Literal["token-classification"]
+    words: str = Field(default="tokens", description="the column of lists of words")
+    label: str = Field(default="tags", description="the column of lists of classes, by name or number")
+    max_length: int = Field(default=128, ge=4, description="tokens a row; words behind them are not read")
+    metric: Literal["span-f1", "accuracy"] = Field(
+        default="span-f1", description="of whole spans, tagged as in IOB2, BIOES or BILOU; or the share of right words"
+    )
+
+
 class TextRegression(_Task):
     """One text (or pair of texts) a row and one number."""
 
@@ -145,7 +157,12 @@ def _with_kind(value: Any) -> Any:
 
 Task = Annotated[
     Annotated[
-        TextClassification | TextRegression | ImageClassification | ZeroShotImageClassification | CausalLM,
+        TextClassification
+        | TextRegression
+        | TokenClassification
+        | ImageClassification
+        | ZeroShotImageClassification
+        | CausalLM,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_with_kind),
@@ -155,6 +172,7 @@ Task = Annotated[
 HEADS = {
     "text-classification": "ForSequenceClassification",
     "image-classification": "ForImageClassification",
+    "token-classification": "ForTokenClassification",
     "causal-lm": "ForCausalLM",
 }
 
@@ -173,7 +191,7 @@ def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
-_NOT_READ = frozenset({"text", "text_pair", "label", "image", "prompt", "answer", "metric"})
+_NOT_READ = frozenset({"text", "text_pair", "label", "image", "prompt", "answer", "words", "metric"})
 # What is asked of a model beyond reading rows.
 _ASKED = frozenset({"classes", "templates", "max_new_tokens", "stop"})
 

@@ -16,9 +16,7 @@ from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.scores import CLASSIFICATION
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import SplitSource, TextClassification
-from bmm.kinds.texts import TextReader, TextRow, text_rows
-
-_PROBE_TOKENS = 8
+from bmm.kinds.texts import TextReader, TextRow, probe_tokens, text_rows
 
 
 class TextClassificationKind(Kind):
@@ -62,5 +60,4 @@ class TextClassificationKind(Kind):
     @override
     def probe(self, model: TaskModel) -> dict[str, torch.Tensor]:
         """Return a few tokens."""
-        tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return probe_tokens()

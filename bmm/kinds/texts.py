@@ -12,12 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bmm.digest import canonical_json, digest_text
 from bmm.errors import CheckpointError, DataError
 from bmm.evaluation.data import Columns
 from bmm.evaluation.tokens import TokenisedRows, load_tokenizer, tokenised_rows
+
+_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class TextRow:
     def document(self) -> dict[str, Any]:
         """Return the row as plain JSON values."""
         return {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+
+
+def probe_tokens() -> dict[str, Tensor]:
+    """Return a few tokens, for a model whose weights may be anything."""
+    tokens = torch.zeros((2, _PROBE_TOKENS), dtype=torch.int64)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def folded(text: str | None) -> str | None:
@@ -95,18 +104,18 @@ class TextReader:
     """
 
     def __init__(self, folder: Path, max_length: int, module: Any, encoder: Any, task: str) -> None:
-        self._tokenizer = load_tokenizer(folder)
-        self._folder = folder
-        self._max_length = max_length
+        self.tokenizer = load_tokenizer(folder)
+        self.folder = folder
+        self.max_length = max_length
         self._module = module
         self._encoder = encoder
         self._task = task
         # A decoder never looks ahead: behind a row's end padding changes nothing, before its beginning it would.
         causal = any(getattr(part, "is_causal", False) for part in encoder.modules())
-        self._side: Literal["left", "right"] = "right" if causal else self._tokenizer.padding_side
+        self.side: Literal["left", "right"] = "right" if causal else self.tokenizer.padding_side
         if causal:
             # By it such a classifier finds each row's last token; many a decoder's configuration has none.
-            module.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
+            module.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def prepare(self, rows: Sequence[TextRow]) -> TokenisedRows:
         """Return the rows as tokens, cut at `max_length`, sorted by length for batching.
@@ -115,34 +124,44 @@ class TextReader:
             DataError: a row becomes no tokens, or more than the model has positions for.
             CheckpointError: the tokenizer has tokens that the model does not.
         """
+        tokenised = replace(tokenised_rows(self.tokenizer, rows, self.max_length, self.refused()), side=self.side)
+        self.check(tokenised, [row.text for row in rows])
+        return tokenised
+
+    def refused(self) -> set[str]:
+        """Return the inputs that tokenizers make and this model does not take."""
         accepted = inspect.signature(self._module.forward).parameters
         types = getattr(self._module.config, "type_vocab_size", 2)
         # A model of one token type assumes it when told nothing, and fails when told of a second one.
-        refused = {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
-        tokenised = replace(tokenised_rows(self._tokenizer, rows, self._max_length, refused), side=self._side)
+        return {"token_type_ids"} if "token_type_ids" not in accepted or types < 2 else set()
+
+    def check(self, tokenised: TokenisedRows, texts: Sequence[str]) -> None:
+        """Refuse rows that the model could not take; `texts` are theirs, for messages.
+
+        Raises:
+            DataError: a row becomes no tokens, or more than the model has positions for.
+            CheckpointError: the tokenizer has tokens that the model does not.
+        """
         if not len(tokenised):
-            return tokenised
+            return
         lengths = tokenised.lengths
         if min(lengths) == 0:
-            row = rows[lengths.index(0)]
-            raise DataError(
-                f"{self._task}: the tokenizer in {self._folder} makes no token of the text {row.text[:60]!r}"
-            )
+            text = texts[lengths.index(0)]
+            raise DataError(f"{self._task}: the tokenizer in {self.folder} makes no token of the text {text[:60]!r}")
         positions = _positions(self._encoder)
         if positions is not None and max(lengths) > positions:
             raise DataError(
                 f"{self._task}: a row has {max(lengths)} tokens, but the model has {positions} positions; "
                 f"set task.max_length to at most {positions}"
             )
-        self._check_ends(tokenised, [row.text for row in rows])
+        self._check_ends(tokenised, texts)
         vocabulary = self._encoder.get_input_embeddings().num_embeddings
         largest = max(max(ids) for ids in tokenised.columns["input_ids"])
         if largest >= vocabulary:
             raise CheckpointError(
-                f"{self._task}: the tokenizer in {self._folder} gives the token {largest}, but the model has "
+                f"{self._task}: the tokenizer in {self.folder} gives the token {largest}, but the model has "
                 f"only {vocabulary} tokens; use the tokenizer that the model was trained with"
             )
-        return tokenised
 
     def _check_ends(self, tokenised: TokenisedRows, texts: Sequence[str]) -> None:
         """Refuse rows without the one end by which encoder-decoders (T5, BART) know what to classify."""
@@ -152,7 +171,7 @@ class TextReader:
         for ids, text in zip(tokenised.columns["input_ids"], texts, strict=True):
             if list(ids).count(config.eos_token_id) != 1:
                 raise CheckpointError(
-                    f"{self._task}: the tokenizer in {self._folder} does not end the text {text[:60]!r} with the "
+                    f"{self._task}: the tokenizer in {self.folder} does not end the text {text[:60]!r} with the "
                     f"model's eos_token_id {config.eos_token_id}, once; use the tokenizer that it was trained with"
                 )
 
