@@ -64,13 +64,13 @@ def methods_sentence(document: Document) -> str:
 
 
 def search_sentence(document: Document) -> str:
-    """Say which trial won, what it gained over the anchor, and how many trials had no result."""
+    """Say which trial was taken, what it gained over the anchor, and how many trials had no result."""
     trials = findings.finished_trials(document)
     best = findings.best_of_search(document)
     if not trials or best is None:
         return ""
     sentence = (
-        f"Trial {best['index']} ({best.get('origin', 'unknown')}) was the best of {len(trials)}: it keeps "
+        f"Trial {best['index']} ({best.get('origin', 'unknown')}) was taken of {len(trials)}: it keeps "
         f"{findings.percent(best['objective'])} of the experts' validation {findings.metric_word(document)}"
     )
     anchor = next((trial for trial in trials if trial.get("origin") == "anchor"), None)

@@ -1,14 +1,17 @@
-"""Which trial of a finished study is published: the one that the model of all trials thinks best, not the luckiest.
+"""Which trial of a finished study is published: the simplest that is not clearly worse than the best.
 
 The best of many noisy measurements is best partly by luck: a few hundred validation rows move by more than what
 separates good settings. So the trials are smoothed by the Gaussian process that proposed them, with the noise that the
-rows have, and the trial with the highest posterior mean is taken, the usual choice in noisy Bayesian optimisation
-(Frazier, arXiv 1807.02811, section 5). Only trials that measured no worse than the anchor stand for election, so the
-published model is never below its anchor on the validation rows.
+rows have, as is usual in noisy Bayesian optimisation (Frazier, arXiv 1807.02811, section 5); and of those within one
+standard error of the highest, one of the plain ones is taken if there is any: one `λ` for all groups and `γ = 1`
+(the one-standard-error rule: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 7.10). Only trials
+that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
+validation rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from bmm.search.propose import fitted, reproducible, trial_seed
@@ -30,7 +33,12 @@ def recommended(trials: Sequence[Trial], seed: int, noise: float | None) -> Tria
     floor = complete[0].objective
     elected = [place for place, trial in enumerate(complete) if _at_least(trial, floor)]
     means = _smoothed(complete, trial_seed(seed, 0, "recommend"), noise)
-    return best if means is None else complete[max(elected, key=lambda place: (means[place], -place))]
+    if means is None:
+        return best
+    highest = max(means[place] for place in elected)
+    plain = [place for place in elected if complete[place].origin in ("anchor", "global")]
+    near = [place for place in plain if means[place] >= highest - math.sqrt(noise)]
+    return complete[max(near or elected, key=lambda place: (means[place], -place))]
 
 
 def _at_least(trial: Trial, floor: float | None) -> bool:

@@ -107,7 +107,7 @@ def test_takeaways_are_computed_from_the_document(document):
     said = takeaways(document)
     assert set(said) == {"tasks", "methods", "search", "lambda"}
     best = max(document["search"]["trials"], key=lambda trial: trial["objective"])
-    assert f"Trial {best['index']} ({best['origin']}) was the best of 24" in said["search"]
+    assert f"Trial {best['index']} ({best['origin']}) was taken of 24" in said["search"]
     assert "ranks first of 7" in said["methods"]
     assert "ahead of WUDI" in said["methods"]
     document["methods"][-1]["share_of_experts"] = {"mean": 0.95, "low": 0.945, "high": 0.955}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,3 +72,15 @@ def test_without_noise_or_with_too_few_trials_the_highest_is_taken() -> None:
 def test_the_same_trials_give_the_same_choice() -> None:
     trials = study(5, NOISE**0.5)
     assert recommended(trials, 0, NOISE) == recommended(trials, 0, NOISE)
+
+
+def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise() -> None:
+    trials = study(7, 0.001)
+    line = SPACE.global_line(4)[1]
+    for gap, plain in ((0.01, True), (0.2, False)):
+        best = max(trial.objective for trial in trials if trial.objective is not None)
+        own = replace(trials[1], origin="global", point=line, settings=SPACE.decode(line), objective=best - gap)
+        anchor = replace(trials[0], objective=best - 0.3)
+        chosen = recommended([anchor, own, *trials[2:]], 0, NOISE)
+        assert chosen is not None
+        assert (chosen.origin == "global") == plain
