@@ -8,6 +8,7 @@ import torch
 
 from bmm.assembly import Assembler, Problem
 from bmm.modules.linear import LinearMap
+from bmm.regression.evidence import Evidence
 from bmm.regression.posterior import decompose, factor
 from bmm.regression.sample import deviation, effective_rows, noise_variance, settled_directions, standard_normal
 from bmm.sampling import Sampler, module_wise_noise
@@ -43,7 +44,8 @@ class Case:
         for map_ in MAPS:
             name, mean = map_.weight, self.anchor[map_.weight]
             pull = sum((self.expert(t, name) - mean) @ gram for t, gram in enumerate(self.grams))
-            problems.append(Problem(map_, factor(spectrum, mean, pull), self.start[name]))
+            posterior = factor(spectrum, mean, pull)
+            problems.append(Problem(map_, posterior, self.start[name], Evidence(posterior, 1.0, sum(self.counts))))
         return Assembler(problems, self.anchor.__getitem__)
 
     def noise(self, settings: dict[str, Setting]):

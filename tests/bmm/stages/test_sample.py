@@ -156,7 +156,7 @@ def test_estimated_grams_give_no_width(merged: Path, edit_recipe: Callable[..., 
 def test_a_task_without_classes_is_refused_before_any_work(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = Finished(merged)
     # What a kind of task says that is not one of classes.
-    monkeypatch.setattr(TextClassificationKind, "metrics", {**TextClassificationKind.metrics})
+    monkeypatch.setattr(TextClassificationKind, "classes", False)
     with pytest.raises(UserError, match="task0 is not one of choosing a class"):
         finished.measured(2)
     assert finished.work.made == 0
