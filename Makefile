@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(VENV)/bin/bmm demo $(DEMO)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 benchmark: benchmark-methods
 

@@ -97,12 +97,19 @@ def merged(merged_source: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute Gram shards in this process, for tests that are about something else than Dask."""
+    """Compute Gram shards and walks in this process, for tests that are about something else than Dask."""
     from contextlib import nullcontext
+    from types import SimpleNamespace
 
     monkeypatch.setattr("bmm.stages.grams.workers", lambda _: nullcontext())
     monkeypatch.setattr(
         "bmm.stages.grams.run_all", lambda _, function, requests, __: [function(dict(one)) for one in requests]
+    )
+    client = SimpleNamespace(run=lambda function, walk, **_: function(walk))
+    monkeypatch.setattr("bmm.stages.propagation.workers", lambda _: nullcontext(client))
+    monkeypatch.setattr("bmm.stages.propagation.worker_count", lambda _: 1)
+    monkeypatch.setattr(
+        "bmm.stages.propagation.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
     )
 
 

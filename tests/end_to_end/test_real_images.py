@@ -42,7 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder,
             zoo="vision",
             training=ImageTraining(steps=30, batch_size=16, warmup_steps=4),
-            sizes=SplitSizes(calibration=48, validation=40, test=120),
+            sizes=SplitSizes(calibration=32, validation=40, test=80),
             anchor="average",
             trials=2,
         )
