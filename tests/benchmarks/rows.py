@@ -177,9 +177,11 @@ def _data_free() -> list[Row]:
 def _ours(trials: int) -> list[Row]:
     walked = How(_fixed(PROPAGATED, LAMBDA), "search")
     held_out = How(_fixed(PROPAGATED, "held-out"), "search")
+    twice = _fixed({**PROPAGATED, "regression": {**PROPAGATED["regression"], "rounds": 2}}, LAMBDA)
     return [
         Row("propagated", walked, ours=True, data_free=False, seeded=True),
         Row("propagated, λ by held-out rows", held_out, ours=True, data_free=False, seeded=True),
+        Row("propagated, two rounds", How(twice, "search", (walked,)), ours=True, data_free=False, seeded=True),
         _searched("module-wise, searched", MODULE_WISE, trials),
         _searched("hybrid, searched", HYBRID, trials, How(MODULE_WISE, "grams")),
         _searched("propagated, searched", PROPAGATED, trials, walked),
