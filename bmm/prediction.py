@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bmm.checkpoint.layout import Layout
+from bmm.checkpoint.layout import Layout, dotted
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.vocabulary import EXTRA, with_vocabulary
 from bmm.evaluation.data import Split
@@ -139,18 +139,22 @@ class Panel:
         return found
 
     def _inputs(self, encoder: str, task: str, split: str) -> dict[str, Any]:
+        # An encoder is known by the digest of all its weights, so what a head brings in their place is said apart.
+        travelling = self._travelling(task)
         return {
             "encoder": encoder,
+            **({"travelling": travelling} if travelling else {}),
             "head": self._experts[task].model.digest,
             "reading": reading(self._experts[task].task),
-            "asking": [asking(self._experts[task].task), self._made_head(task)],
+            "asking": [asking(self._experts[task].task), made_head(self._artefacts[task])],
             "batch_size": self._batch_size,
             "rows": self._split(task, split).digest,
         }
 
-    def _made_head(self, task: str) -> str | None:
-        made: dict[str, Any] | None = self._artefacts[task].manifest["files"].get(HEAD)
-        return None if made is None else str(made["sha256"])
+    def _travelling(self, task: str) -> list[str]:
+        """Return the base's parameters that are not merged here because an expert lacks them, and this head brings."""
+        heads, prefix = self._layout.heads[task], dotted(self._layout.prefix)
+        return [name for name in self._layout.unmatched if f"{prefix}{name}" in heads]
 
     def _split(self, task: str, split: str) -> Split:
         known = self._splits.get((task, split))
@@ -224,6 +228,12 @@ def head_tensors(checkpoint: Checkpoint, layout: Layout, expert: str, artefact: 
         if whole in tensors:
             tensors[whole] = tensors[whole][: -len(rows)].clone()
     return tensors | own
+
+
+def made_head(artefact: Artefact) -> str | None:
+    """Return the digest of the head in an `expert` artefact, None where the expert's checkpoint has it."""
+    made: dict[str, Any] | None = artefact.manifest["files"].get(HEAD)
+    return None if made is None else str(made["sha256"])
 
 
 def own_rows(checkpoint: Checkpoint, layout: Layout, expert: str) -> dict[str, torch.Tensor]:

@@ -110,9 +110,11 @@ class TextReader:
         self._module = module
         self._encoder = encoder
         self._task = task
-        # A decoder never looks ahead: behind a row's end padding changes nothing, before its beginning it would.
+        # A decoder never looks ahead: behind a row's end padding changes nothing, before its beginning it would, as it
+        # would where positions are counted from the first token.
         causal = any(getattr(part, "is_causal", False) for part in encoder.modules())
-        self.side: Literal["left", "right"] = "right" if causal else self.tokenizer.padding_side
+        counts = causal or _positions(encoder) is not None
+        self.side: Literal["left", "right"] = "right" if counts else self.tokenizer.padding_side
         if causal:
             # By it such a classifier finds each row's last token; many a decoder's configuration has none.
             module.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id

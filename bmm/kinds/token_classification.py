@@ -212,7 +212,7 @@ class WordsReader(TextReader):
             "attention_mask": 0,
             "token_type_ids": int(self.tokenizer.pad_token_type_id),
         }
-        tokens = WordTokens(columns, padding, self.tokenizer.padding_side, tuple(first))
+        tokens = WordTokens(columns, padding, self.side, tuple(first))
         self.check(tokens, [row.excerpt for row in rows])
         return tokens
 

@@ -144,7 +144,8 @@ def _at_the_best_scale(
         draft.write_json("treatments.json", stored.read_json("treatments.json"))
         draft.write_json(_SCALE, {"scale": best["scale"], "tried": tried})
 
-    rows = {expert.name: request.inputs["experts"][expert.name]["digest"] for expert in setup.experts}
+    # By key as well as by digest: the metric, and how rows are read, are not among the bytes of the rows.
+    rows = {expert.name: request.inputs["experts"][expert.name] for expert in setup.experts}
     chosen = {**inputs, "direction": direction.digest, "rows": rows}
     said = {**settings.said(), "batch_size": request.settings["batch_size"]}
     return work.obtain("anchor", chosen, make, settings=said)

@@ -9,14 +9,15 @@ from safetensors.torch import save_file
 
 from bmm.anchors.settings import FisherSettings
 from bmm.errors import RecipeError
+from bmm.evaluation.data import Split
 from bmm.evaluation.fisher import diagonal_fisher
 from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import reading
-from bmm.prediction import build_model, head_tensors, read_split
+from bmm.prediction import build_model, head_tensors, made_head, read_split
 from bmm.progress import progress
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
-from bmm.store import Draft, Reference
+from bmm.store import Artefact, Draft, Reference
 
 
 def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: FisherSettings) -> list[Reference]:
@@ -41,12 +42,11 @@ def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: Fishe
                     f"{expert.task['kind']}; choose another anchor method, or leave fisher out of evaluation.compare"
                 )
         for index, expert in enumerate(setup.experts):
-            split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
+            artefact = work.read(request.inputs["experts"][expert.name])
+            split = read_split(artefact, "calibration")
 
-            def make(draft: Draft, index: int = index) -> None:
+            def make(draft: Draft, index: int = index, artefact: Artefact = artefact, split: Split = split) -> None:
                 expert = setup.experts[index]
-                artefact = work.read(request.inputs["experts"][expert.name])
-                split = read_split(work.read(request.inputs["experts"][expert.name]), "calibration")
                 with expert.model.open() as checkpoint:
                     model = build_model(checkpoint, expert, 1, setup.layout)
                     model.load_head(head_tensors(checkpoint, setup.layout, expert.name, artefact))
@@ -59,6 +59,8 @@ def fisher_artefacts(work: Work, request: Request, setup: Setup, settings: Fishe
                 save_file(tensors, draft.path / "fisher.safetensors")
 
             inputs = {"expert": expert.model.digest, "calibration": split.digest, "parameters": floating}
+            if (head := made_head(artefact)) is not None:
+                inputs["head"] = head
             said: dict[str, Any] = {"reading": reading(expert.task), "labels": settings.labels}
             if settings.labels == "sampled":
                 said["seed"] = settings.seed

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from bmm.checkpoint.layout import Layout
 from bmm.errors import ArtefactDamagedError
 from bmm.evaluation.metrics import Measured
 from bmm.plan import cached_results
@@ -36,9 +38,9 @@ class Opened:
         inputs = fingerprint_inputs(recipe)
         self.work = Work(Store(folder / "store"))
         self.results = cached_results(recipe, inputs, self.work.store)
-        request = Requests(recipe, inputs).build("search", self.results)
-        self.setup: Setup = setup_of(self.work, request)
-        self.panel: Panel = panel_of(self.work, request, self.setup)
+        self.request = Requests(recipe, inputs).build("search", self.results)
+        self.setup: Setup = setup_of(self.work, self.request)
+        self.panel: Panel = panel_of(self.work, self.request, self.setup)
 
     def expert(self, index: int) -> dict[str, torch.Tensor]:
         with self.setup.weights() as weights:
@@ -98,6 +100,37 @@ def test_answers_are_kept_and_nothing_runs_twice(opened: Opened) -> None:
     opened.panel.predictions("some digest", state, ["task1"], "validation", "it")
     assert (len(asked), opened.work.made) == (2, made + 1)
     assert right(first["task0"]) == right(opened.panel.evaluate(opened.expert(0), "test")["task0"])
+
+
+def test_answers_are_not_those_of_an_encoder_of_which_a_head_replaces_a_part(opened: Opened, merged: Path) -> None:
+    def base(layout: Layout) -> dict[str, torch.Tensor]:
+        with opened.setup.weights() as weights:
+            return {parameter.name: weights.base(parameter.name).clone() for parameter in layout.shared}
+
+    # As beside an expert without a pooler: then the pooler travels with the heads of those that have one.
+    whole = opened.setup.layout
+    pooler = {one.name: one.expert_keys for one in whole.shared if one.name.startswith("pooler.")}
+    apart = replace(
+        whole,
+        shared=tuple(one for one in whole.shared if one.name not in pooler),
+        heads={
+            task: {**keys, **{f"bert.{name}": stored[task] for name, stored in pooler.items()}}
+            for task, keys in whole.heads.items()
+        },
+        unmatched=tuple(pooler),
+    )
+    digest = opened.setup.base.digest
+    first = opened.panel.logits(digest, lambda: base(whole), ["task0"], "test", "base")["task0"]
+    opened.setup = replace(opened.setup, layout=apart)
+    panel = panel_of(opened.work, opened.request, opened.setup)
+    second = panel.logits(digest, lambda: base(apart), ["task0"], "test", "base")["task0"]
+    assert not torch.equal(first, second)
+    model = AutoModelForSequenceClassification.from_pretrained(merged / "experts" / "task0").eval()
+    model.bert.load_state_dict(base(apart), strict=False)
+    row = read_split(opened.work.read(opened.results["experts"].reference("experts", "task0")), "test").rows[0]
+    encoded = AutoTokenizer.from_pretrained(merged / "experts" / "task0")(row.text, return_tensors="pt")
+    with torch.inference_mode():
+        torch.testing.assert_close(second[0], model(input_ids=encoded["input_ids"]).logits[0], atol=1e-5, rtol=1e-4)
 
 
 def test_an_evaluation_for_the_search_keeps_nothing(opened: Opened) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from family_checkpoints import CLASSES, config_of, move, save_tokenizer, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -81,6 +82,31 @@ def test_rows_are_checked_and_come_back(tmp_path: Path) -> None:
         load({"tokens": ["w1", "w2"], "tags": ["O"]})
     with pytest.raises(DataError, match="row 1 has no list of words in column 'tokens'"):
         load({"tokens": "w1 w2", "tags": ["O"]})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_answers_do_not_depend_on_the_batch(tmp_path: Path, family: str, side: str) -> None:
+    config = config_of(family, **CLASSES)
+    torch.manual_seed(0)
+    tagger = transformers.AutoModelForTokenClassification.from_config(config)
+    move(tagger, 1, by=0.25)
+    tokenizer = save_tokenizer(tmp_path, side=side)
+    rows = [WordsRow(tuple(text.split()), (0,) * len(text.split())) for text in texts(0, 12)]
+    model = KIND.build(config.to_dict(), tmp_path, {"max_length": 16}, 12, "task")
+    state = tagger.state_dict()
+    inner = f"{tagger.base_model_prefix}."
+    model.load_head({name: tensor for name, tensor in state.items() if not name.startswith(inner)})
+    model.load_encoder({name.removeprefix(inner): state[name] for name in state if name.startswith(inner)})
+    alone = []
+    for row in rows:
+        encoded = tokenizer(list(row.words), is_split_into_words=True, return_tensors="pt")
+        with torch.inference_mode():
+            # Each word is one token, between a beginning and an end.
+            alone.append(tagger.eval()(input_ids=encoded["input_ids"]).logits[0, 1:-1])
+    found = model.logits(model.prepare(rows))
+    assert bool((found[:, -1] == 1).all())
+    torch.testing.assert_close(found[:, :-1], torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
 def with_words(folder: Path) -> Path:

@@ -18,7 +18,10 @@ from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError, DataError, RecipeError
 from bmm.kinds.settings import SplitSource, ZeroShotImageClassification
 from bmm.kinds.zero_shot_image_classification import ZeroShotImageClassificationKind
+from bmm.pipeline import perform_here, run_stages
 from bmm.report.card import FOLDER_PLACEHOLDER
+from bmm.sources import fingerprint_inputs
+from bmm.store import Store
 
 KIND = ZeroShotImageClassificationKind()
 
@@ -91,6 +94,21 @@ def test_a_merge_of_vision_towers_is_a_clip_model(clip: Path, in_process: None, 
         exec(code.replace(FOLDER_PLACEHOLDER, str(merge.output)).replace("'task0'", repr(task)), names)  # noqa: S102
         assert names["label"] in ("dark", "light")
     assert [expert["labels"] for expert in merge.document["experts"]] == [["dark", "light"]] * 2
+
+
+def test_the_information_of_an_expert_is_that_of_its_classes(clip: Path, tmp_path: Path) -> None:
+    recipe = bmm.Recipe.from_yaml(clip / "recipe.yaml").document()
+    recipe |= {"anchor": {"method": "fisher"}}
+    digests = []
+    # Other words for the same classes: the rows stay as they are.
+    for classes in (["dark", "light"], ["it", "is"]):
+        for expert in recipe["experts"]:
+            expert["task"]["classes"] = classes
+        read = bmm.Recipe.from_mapping(recipe, folder=clip)
+        inputs = fingerprint_inputs(read, check_output_folder=False)
+        results = run_stages(read, inputs, Store(tmp_path / "store"), perform_here, ("experts", "anchor"))
+        digests.append(results["anchor"].reference("anchor").digest)
+    assert digests[0] != digests[1]
 
 
 def test_mistakes_are_one_sentence(clip: Path) -> None:

@@ -139,6 +139,19 @@ def test_the_objective_is_the_share_of_each_experts_accuracy(merged: Path, edit_
     assert tried["tasks"] == pytest.approx(search["trials"][0]["tasks"])
 
 
+def test_the_scale_is_chosen_anew_for_another_metric(merged: Path, edit_recipe: Edit, in_process: None) -> None:
+    edit_recipe(merged, anchor={"method": "ta", "scale": "validation", "scales": [0.2, 0.8]})
+    stages(merged, "anchor")
+    first = anchor_of(merged).read_json("scale.json")["tried"]
+    experts = Recipe.from_yaml(merged / "recipe.yaml").document()["experts"]
+    for expert in experts:
+        expert["task"]["metric"] = "f1-macro"
+    edit_recipe(merged, experts=experts)
+    stages(merged, "anchor")
+    second = anchor_of(merged).read_json("scale.json")["tried"]
+    assert [one["tasks"] for one in first] != [one["tasks"] for one in second]
+
+
 def test_a_choice_of_scale_goes_on_where_it_stopped(merged: Path, edit_recipe: Edit) -> None:
     edit_recipe(merged, anchor={"method": "tsv", "scale": "validation", "scales": [0.5, 1.0]})
     stages(merged, "anchor")
