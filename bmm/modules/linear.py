@@ -111,11 +111,16 @@ class LinearMap:
 
     def place(self, solution: Tensor, into: Callable[[str], Tensor]) -> None:
         """Copy `[W b]` `(out, in + 1)`, or `W` alone, into the parameters that `into` gives by name, in place."""
+        for name in self.parameters:
+            self.place_one(name, solution, into(name))
+
+    def place_one(self, name: str, solution: Tensor, into: Tensor) -> None:
+        """Copy what `solution` says of one of the map's parameters into it, in place."""
         with torch.no_grad():
-            self.part(into(self.weight)).copy_(solution[:, : self.inputs])
-            if self.bias is not None and solution.shape[1] > self.inputs:
-                column = into(self.bias)
-                column = column if self.rows is None else column[self.rows[0] : self.rows[1]]
+            if name == self.weight:
+                self.part(into).copy_(solution[:, : self.inputs])
+            elif solution.shape[1] > self.inputs:
+                column = into if self.rows is None else into[self.rows[0] : self.rows[1]]
                 column.copy_(solution[:, self.inputs])
 
     def to_json(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Running an encoder layer by layer: what a layer is called with, what it makes of hidden states, what comes after.
 
 Only where the layers are a chain, each fed by the one before it alone. Whether they are is found by trying
-(`is_chain`), as is whether their other arguments depend on weights that change (`same_calls`); what is done at each
+(`chained`), as is whether their other arguments depend on weights that change (`same_calls`); what is done at each
 layer is `bmm.regression.propagate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ class Call:
         self.hidden = torch.empty(0)
         return self
 
-    def through(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, bool]:
-        """Return what a layer makes of hidden states, and whether it says so in a tuple."""
+    def through(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, int]:
+        """Return what a layer makes of hidden states, and the size of the tuple that it says so in (0: in none)."""
         if self._positional:
             output = layer(hidden, *self._arguments, **self._keywords)
         else:
             output = layer(hidden_states=hidden, **self._keywords)
-        return (output[0], True) if isinstance(output, tuple) else (output, False)
+        return (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
 
     def same(self, other: Call) -> bool:
         """Say whether two models give a layer the same arguments, hidden states apart."""
@@ -82,48 +82,85 @@ def calls(encoder: nn.Module, layers: Sequence[str], batch: Batch) -> dict[str, 
     return found
 
 
-def is_chain(encoder: nn.Module, layers: Sequence[str], batch: Batch) -> bool:
-    """Say whether running layer after layer is what the encoder does."""
+def chained(encoder: nn.Module, layers: Sequence[str], batch: Batch) -> int | None:
+    """Return the size of the tuples that the layers answer in, 0 for none.
+
+    None where running layer after layer is not what the encoder does.
+    """
     found = calls(encoder, layers, batch)
     if not layers or set(found) != set(layers):
-        return False
-    hidden = found[layers[0]].hidden
+        return None
+    hidden, size = found[layers[0]].hidden, 0
     for name in layers:
         call = found[name]
         if hidden.shape != call.hidden.shape or not torch.allclose(
             hidden, call.hidden, rtol=_TOLERANCE, atol=_TOLERANCE
         ):
-            return False
+            return None
         with torch.inference_mode():
-            hidden, _ = call.through(encoder.get_submodule(name), hidden)
-    return True
+            hidden, size = call.through(encoder.get_submodule(name), hidden)
+    return size
 
 
-def same_calls(one: nn.Module, other: nn.Module, layers: Sequence[str], batch: Batch) -> bool:
-    """Say whether two models call their layers alike, hidden states apart."""
-    mine, theirs = calls(one, layers, batch), calls(other, layers, batch)
+def same_calls(mine: Mapping[str, Call], theirs: Mapping[str, Call]) -> bool:
+    """Say whether layers are called alike twice, hidden states apart."""
     return set(mine) == set(theirs) and all(mine[name].same(theirs[name]) for name in mine)
 
 
+def entry(encoder: nn.Module, layers: Sequence[str], batch: Batch, size: int) -> dict[str, Call]:
+    """Return how an encoder calls each of its layers, without running them.
+
+    True of the first one's hidden states, and of all else that does not depend on what layers make of them.
+    """
+    found: dict[str, Call] = {}
+
+    def stand_in(name: str, layer: nn.Module) -> nn.Module:
+        def pass_on(*arguments: Any, **keywords: Any) -> Any:
+            found[name] = Call(arguments, keywords)
+            if name == layers[-1]:
+                raise Reached
+            return _answer(found[name].hidden, size)
+
+        return _StandIn(pass_on, layer)
+
+    with _replaced(encoder, layers, stand_in), torch.inference_mode(), suppress(Reached):
+        encoder(**batch)
+    return found
+
+
 @contextmanager
-def given(encoder: nn.Module, layers: Sequence[str], hidden: Tensor, in_tuple: bool) -> Iterator[None]:
+def given(encoder: nn.Module, layers: Sequence[str], hidden: Tensor, size: int) -> Iterator[None]:
     """Let every layer return `hidden`: what comes after the layers sees the last one's outcome, at no cost."""
+    outcome = _answer(hidden, size)
+    with _replaced(encoder, layers, lambda _, layer: _StandIn(lambda *_, **__: outcome, layer)):
+        yield
+
+
+def _answer(hidden: Tensor, size: int) -> Any:
+    """Return hidden states as a layer answers; what else is in its tuple (attention weights) nobody asks for."""
+    return (hidden, *[None] * (size - 1)) if size else hidden
+
+
+@contextmanager
+def _replaced(
+    encoder: nn.Module, layers: Sequence[str], stand_in: Callable[[str, nn.Module], nn.Module]
+) -> Iterator[None]:
     real = {name: encoder.get_submodule(name) for name in layers}
     try:
-        for name in layers:
-            encoder.set_submodule(name, _Given((hidden,) if in_tuple else hidden, real[name]))
+        for name, layer in real.items():
+            encoder.set_submodule(name, stand_in(name, layer))
         yield
     finally:
         for name, layer in real.items():
             encoder.set_submodule(name, layer)
 
 
-class _Given(nn.Module):
-    """Stands in for a layer whose outcome is known; in all else it is that layer."""
+class _StandIn(nn.Module):
+    """Answers in a layer's place; in all else it is that layer."""
 
-    def __init__(self, outcome: Any, layer: nn.Module) -> None:
+    def __init__(self, answer: Callable[..., Any], layer: nn.Module) -> None:
         super().__init__()
-        self._outcome = outcome
+        self._answer = answer
         # In a tuple, so that it does not become a submodule with parameters.
         self._layer = (layer,)
 
@@ -133,9 +170,9 @@ class _Given(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
 
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """Return the outcome."""
-        return self._outcome
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return the answer."""
+        return self._answer(*arguments, **keywords)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

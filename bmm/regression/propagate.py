@@ -13,13 +13,15 @@ source is this project's own notes on the method, not the paper.
 Experts of a mixture are sent other tokens in the merged model than in the fine-tuned one, so their rows do not pair
 up; their target is what the expert's own matrix makes of the merged model's inputs, `Y_t = X̃_t W_tᵀ`.
 
-In memory at a time: hidden states of all rows, one layer's answers to them, and one group's moments. Which rows, where
-experts come from, and what is done with the moments is the caller's.
+In memory at a time: hidden states of all rows, one layer's weights and answers to them, and one group's moments (of a
+network that is no chain of layers: all weights). Which rows, where weights come from, and what is done with the moments
+is the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ from torch import Tensor, nn
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
 from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch
-from bmm.regression.chain import Batch, Call, calls, given, is_chain, same_calls
+from bmm.regression.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.regression.moments import Moments, TaskSums
+from bmm.regression.residence import Give, Resident
 from bmm.regression.units import Unit, layers_of, units_of
 
 SMALLEST_SCALE = 0.05
@@ -40,9 +43,11 @@ class Walk:
     """Merged model and experts, side by side, on their way through the network; for all tasks or some of them.
 
     Args:
-        merged: the encoder that is being solved; holds the anchor's weights, and is changed in place.
-        expert: an encoder of the same architecture, whose weights `load_expert` replaces.
-        load_expert: `(task, prefix)` copies one expert's weights below a module prefix into `expert`.
+        merged: an encoder for the model that is being solved.
+        expert: another of the same architecture, for one expert at a time.
+        names: the parameters that the merge is about, by canonical name; others stay as the encoders have them.
+        prior: gives those of the model that the walk begins with, the anchor's.
+        weight: `(task, name)` gives an expert's.
         batches: for each task, the inputs of the forward passes over its calibration rows.
         maps: the maps to regress, in firing order.
         held_out: for each task, how many of its batches, the last ones, hold rows that are kept out of the solve.
@@ -52,25 +57,36 @@ class Walk:
         self,
         merged: nn.Module,
         expert: nn.Module,
-        load_expert: Callable[[int, str], None],
+        names: Collection[str],
+        prior: Give,
+        weight: Callable[[int, str], Tensor],
         batches: Sequence[Sequence[Batch]],
         maps: Sequence[LinearMap],
         held_out: Sequence[int] | None = None,
     ) -> None:
         self._merged = merged
         self._expert = expert
+        self._of_merged = Resident(merged, names)
+        self._of_expert = Resident(expert, names)
+        self._prior = prior
+        self._weight = weight
         for encoder in (merged, expert):
             config: Any = getattr(encoder, "config", None)
             if getattr(config, "use_cache", False):
                 # A cache would grow with every time that a layer is run again.
                 config.use_cache = False
-        self._load_expert = load_expert
         self._tasks = [[_Step(batch) for batch in task] for task in batches]
         self._held_out = held_out
         self.units = units_of(maps)
         self._by_module = {map_.module: map_ for map_ in maps}
+        self._unit_of = {map_.module: unit for unit in self.units for map_ in unit.maps}
+        self._tuple_size = 0
+        self._must_run = False
         self._layers = self._chain()
+        self._of_merged.surround(prior)
         self._inside = False
+        # The layer whose weights the merged model has, and the unit that the experts were asked about last.
+        self._here: str | None = None
         self._asked: str | None = None
 
     @property
@@ -84,6 +100,7 @@ class Walk:
         Of all rows; where some are held out, then of the rows to solve on and of those held out.
         """
         place = next(found for found in self.units if found.name == unit)
+        self._arrive(place)
         if self._asked != unit:
             self._ask_experts(place)
             self._asked = unit
@@ -102,47 +119,84 @@ class Walk:
 
     def apply(self, module: str, solution: Tensor) -> None:
         """Give the merged model one map's solution, `[W b]` of shape `(out, in + 1)`, or `W` without bias."""
+        self._arrive(self._unit_of[module])
         self._by_module[module].place(solution, self._merged.get_parameter)
 
     def advance(self, unit: str) -> None:
         """Carry the hidden states of all rows through a solved layer, in the merged model and in the experts."""
         place = next(found for found in self.units if found.name == unit)
         self._asked = None
-        if place.prefix is None or not self._layers:
+        layer = self._layer(place)
+        if layer is None:
             for steps in self._tasks:
                 for step in steps:
                     step.forget()
             return
-        self._enter()
-        merged, expert = (encoder.get_submodule(place.prefix) for encoder in (self._merged, self._expert))
+        self._arrive(place)
+        merged, expert = (encoder.get_submodule(layer) for encoder in (self._merged, self._expert))
         for task, steps in enumerate(self._tasks):
             if any(step.beyond is None for step in steps):
-                self._load_expert(task, place.prefix)
+                self._of_expert.bring(layer, self._of(task))
             for step in steps:
                 with torch.inference_mode():
                     if step.beyond is None:
-                        step.beyond, _ = step.expert_calls[place.prefix].through(expert, step.expert)
-                    step.merged, step.in_tuple = step.merged_calls[place.prefix].through(merged, step.merged)
+                        step.beyond, _ = step.expert_calls[layer].through(expert, step.expert)
+                    step.merged, _ = step.merged_calls[layer].through(merged, step.merged)
                 step.expert, step.beyond = step.beyond, None
                 step.forget()
+        for resident in (self._of_merged, self._of_expert):
+            resident.drop(layer)
+        self._here = None
+
+    def _of(self, task: int) -> Give:
+        return lambda name: self._weight(task, name)
+
+    def _arrive(self, unit: Unit) -> None:
+        """Have the weights of a unit in the merged model: the prior's, until they are solved."""
+        layer = self._layer(unit)
+        if layer is not None and self._here != layer:
+            self._enter()
+            if self._here is not None:
+                raise BMMError(f"the layer {self._here} was left before the walk had advanced through it")
+            self._of_merged.bring(layer, self._prior)
+            self._here = layer
 
     def _chain(self) -> tuple[str, ...]:
         """Return the layers if they are a chain; else every pass begins at the network's own beginning."""
         layers = layers_of(self.units)
         if not layers or not self._tasks or not self._tasks[0]:
             return ()
-        self._load_expert(0, "")
-        batch = {name: tensor[:2] for name, tensor in self._tasks[0][0].batch.items()}
-        if not is_chain(self._expert, layers, batch):
+        if not all(resident.divide(layers) for resident in (self._of_merged, self._of_expert)):
             return ()
+        if not self._is_chain(layers):
+            for resident in (self._of_merged, self._of_expert):
+                resident.divide(())
+            return ()
+        return layers
+
+    def _is_chain(self, layers: tuple[str, ...]) -> bool:
+        batch = {name: tensor[:2] for name, tensor in self._tasks[0][0].batch.items()}
+        expert, merged = self._of_expert, self._of_merged
+        expert.surround(self._of(0))
+        with expert.passing(self._of(0)):
+            size = chained(self._expert, layers, batch)
+            if size is None:
+                return False
+            self._tuple_size = size
+            real, quick = calls(self._expert, layers, batch), entry(self._expert, layers, batch, size)
+            # Layers may hand something on to the next besides hidden states (T5's position bias).
+            self._must_run = not same_calls(real, quick)
         # What else the merged model's layers are called with is taken once, so no map may have a say in it: with an
         # expert's maps in place of its own it must be the same.
         solved = {name for map_ in self._by_module.values() for name in map_.parameters}
-        with torch.no_grad():
-            for name, parameter in self._expert.named_parameters():
-                if name not in solved:
-                    parameter.copy_(self._merged.get_parameter(name))
-        return layers if same_calls(self._expert, self._merged, layers, batch) else ()
+
+        def mixed(name: str) -> Tensor:
+            return self._weight(0, name) if name in solved else self._prior(name)
+
+        expert.surround(mixed)
+        merged.surround(self._prior)
+        with expert.passing(mixed), merged.passing(self._prior):
+            return same_calls(*(calls(encoder, layers, batch) for encoder in (self._expert, self._merged)))
 
     def _enter(self) -> None:
         """Find what reaches the first layer in the merged model and in the experts, once."""
@@ -150,37 +204,50 @@ class Walk:
             return
         first = self._layers[0]
         for task, steps in enumerate(self._tasks):
-            self._load_expert(task, "")
+            self._of_expert.surround(self._of(task))
             for step in steps:
-                found = calls(self._expert, self._layers, step.batch)
+                found = self._calls(self._of_expert, self._of(task), step.batch)
                 step.expert = found[first].hidden
                 step.expert_calls = {name: call.forget() for name, call in found.items()}
-                found = calls(self._merged, self._layers, step.batch)
+                found = self._calls(self._of_merged, self._prior, step.batch)
                 step.merged = found[first].hidden
                 step.merged_calls = {name: call.forget() for name, call in found.items()}
         self._inside = True
 
+    def _calls(self, resident: Resident, give: Give, batch: Batch) -> dict[str, Call]:
+        if not self._must_run:
+            return entry(resident.encoder, self._layers, batch, self._tuple_size)
+        with resident.passing(give):
+            return calls(resident.encoder, self._layers, batch)
+
     def _ask_experts(self, unit: Unit) -> None:
         """Let each expert run the unit on its own inputs; keep its answers, or the streams that they were added to."""
-        chained = unit.prefix is not None and bool(self._layers)
-        if chained:
-            self._enter()
+        layer = self._layer(unit)
         for task, steps in enumerate(self._tasks):
-            self._load_expert(task, unit.prefix if chained and unit.prefix else "")
+            if layer is None:
+                self._of_expert.surround(self._of(task))
+            else:
+                self._of_expert.bring(layer, self._of(task))
             routed = {
                 map_.module: map_.part(self._expert.get_parameter(map_.weight)).detach().clone()
                 for map_ in unit.maps
                 if map_.index is not None
             }
             for step in steps:
-                seen = _Answers(unit.maps)
-                step.beyond = self._run(seen, self._expert, unit, step, step.expert)
+                seen = _Answers(unit.maps, to_the_end=layer is not None)
+                with nullcontext() if layer is not None else self._of_expert.passing(self._of(task)):
+                    step.beyond = self._run(seen, self._expert, unit, step, step.expert)
                 step.answers, step.totals, step.routed = seen.answers(), seen.totals(), routed
+
+    def _layer(self, unit: Unit) -> str | None:
+        """Return the layer of the chain that a unit is, or None."""
+        return unit.prefix if unit.prefix in self._layers else None
 
     def _rows(self, unit: Unit, members: Sequence[LinearMap], step: _Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the merged model's rows `(rows, in)` at a group, and the targets `(rows, out)` of its maps."""
         seen = _Inputs(members)
-        self._run(seen, self._merged, unit, step, step.merged)
+        with nullcontext() if self._layer(unit) is not None else self._of_merged.passing(self._prior):
+            self._run(seen, self._merged, unit, step, step.merged)
         inputs = seen.inputs()
         targets = {}
         for map_ in members:
@@ -202,14 +269,14 @@ class Walk:
         watch = Watch(encoder, observer, step.mask)
         try:
             with torch.inference_mode():
-                if unit.prefix is not None and self._layers:
+                if (layer := self._layer(unit)) is not None:
                     known = step.merged_calls if encoder is self._merged else step.expert_calls
                     with watch:
-                        output, step.in_tuple = known[unit.prefix].through(encoder.get_submodule(unit.prefix), hidden)
+                        output, _ = known[layer].through(encoder.get_submodule(layer), hidden)
                     return output
                 # What comes before the layers has not been entered yet, what comes after them needs their outcome.
                 skipped = self._layers if self._inside else ()
-                with given(encoder, skipped, hidden, step.in_tuple), watch:
+                with given(encoder, skipped, hidden, self._tuple_size), watch:
                     encoder(**step.batch)
         except Reached:
             pass
@@ -226,7 +293,6 @@ class _Step:
         self.merged_calls: dict[str, Call] = {}
         self.expert = self.merged = torch.empty(0)
         self.beyond: Tensor | None = None
-        self.in_tuple = False
         self.forget()
 
     def forget(self) -> None:
@@ -237,10 +303,11 @@ class _Step:
 
 
 class _Answers(Observer):
-    """What an expert answers in a unit."""
+    """What an expert answers in a unit; ends the pass when it has, unless it is to run to the end."""
 
-    def __init__(self, maps: Sequence[LinearMap]) -> None:
+    def __init__(self, maps: Sequence[LinearMap], *, to_the_end: bool) -> None:
         self._maps = {map_.site: map_ for map_ in maps if map_.index is None}
+        self._left = _events(maps) if not to_the_end else 0
         self._products: dict[Site, Product] = {}
         self._answers: dict[str, list[Tensor]] = {}
         self._totals: dict[str, list[Tensor]] = {}
@@ -251,12 +318,19 @@ class _Answers(Observer):
             self._products[product.site] = product
             # Copied: what comes after may change it in place.
             self._answers.setdefault(map_.module, []).append(product.unpadded(output).clone())
+            self._count()
 
     def added(self, addition: Addition) -> None:
         map_ = self._maps.get(addition.site)
         if map_ is not None and map_.stream:
             rows = self._products[addition.site].unpadded(addition.total).clone()
             self._totals.setdefault(map_.module, []).append(rows)
+            self._count()
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise Reached
 
     def answers(self) -> dict[str, Tensor]:
         """Return the answers `(rows, out)` by map."""
@@ -267,17 +341,21 @@ class _Answers(Observer):
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in self._totals.items()}
 
 
+def _events(maps: Sequence[LinearMap]) -> int:
+    """Return how often maps fire, and are added to the stream, in one pass; of a mixture's experts nobody knows."""
+    return sum(map_.fires * (2 if map_.stream else 1) for map_ in maps if map_.index is None)
+
+
 class _Inputs(Observer):
     """What the merged model feeds to the maps of one group, and the stream that they will be added to.
 
-    Ends the pass when each map has fired, and been added, as often as it does. For an expert of a mixture nobody knows
-    how often that is.
+    Ends the pass when each map has fired, and been added, as often as it does.
     """
 
     def __init__(self, members: Sequence[LinearMap]) -> None:
         self._first = members[0]
         self._maps = {map_.site: map_ for map_ in members}
-        self._left = sum(map_.fires * (2 if map_.stream else 1) for map_ in members if map_.index is None)
+        self._left = _events(members)
         self._products: dict[Site, Product] = {}
         self._inputs: list[Tensor] = []
         self._streams: dict[str, list[Tensor]] = {}

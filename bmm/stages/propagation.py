@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from distributed import Client
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bmm.digest import digest_json
 from bmm.grams.cluster import run_all, worker_count, workers
@@ -32,7 +32,7 @@ from bmm.regression.settings import DEFAULT_LAMBDA, RegressionSettings
 from bmm.regression.units import Unit, units_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
-from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file
+from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file, solved_over
 from bmm.store import Artefact, Draft, Reference
 
 WALK_VERSION = 5
@@ -72,7 +72,7 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
     with progress("walking through the layers", rounds * steps) as bar:
         for turn in range(rounds):
             if before:
-                prior = _solved_over(anchored, setup, [work.read(reference) for reference in before])
+                prior = solved_over(anchored, setup.regressed, [work.read(reference) for reference in before])
                 inputs = {**inputs, "before": [reference.digest for reference in before]}
             done: list[Reference] = []
             with ExitStack() as stack:
@@ -99,22 +99,6 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
         lambdas |= artefact.read_json("unit.json")["lambdas"]
     members = _members(setup.regressed)
     return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas, prior)
-
-
-def _solved_over(anchored: StoredWeights, setup: Setup, artefacts: Sequence[Artefact]) -> Callable[[str], torch.Tensor]:
-    """Return the tensors of the model that a round has solved."""
-    tensors: dict[str, torch.Tensor] = {}
-
-    def into(name: str) -> torch.Tensor:
-        if name not in tensors:
-            tensors[name] = anchored(name).to(torch.float32, copy=True).contiguous()
-        return tensors[name]
-
-    maps = {map_.module: map_ for map_ in setup.regressed}
-    for artefact in artefacts:
-        for module, solution in load_file(artefact.file(SOLUTIONS)).items():
-            maps[module].place(solution, into)
-    return lambda name: tensors[name] if name in tensors else anchored(name)
 
 
 def read_moments(artefact: Artefact, group: str, modules: Sequence[str]) -> Moments:

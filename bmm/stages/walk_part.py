@@ -19,15 +19,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from bmm.checkpoint.layout import dotted
-from bmm.evaluation.model import TaskModel
 from bmm.evaluation.vocabulary import fill, joined, shifted
+from bmm.modules.linear import LinearMap
 from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
 from bmm.regression.chain import Batch
 from bmm.regression.held_out import is_held_out
 from bmm.regression.moments import Moments
 from bmm.regression.propagate import Walk
+from bmm.regression.residence import Give
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Artefact, Reference, Store
@@ -76,6 +78,36 @@ def part_moments(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
         return _part_of(request).moments(request)
 
 
+def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefact]) -> Give:
+    """Return what gives the weights of the model that a round has solved, a tensor at a time.
+
+    Args:
+        prior: gives those that the round began with.
+        maps: all maps that are regressed.
+        walked: the artefacts of the round's units; with none, it is the prior.
+    """
+    solutions: dict[str, Any] = {}
+    for artefact in walked:
+        handle: Any = safe_open(artefact.file(SOLUTIONS), framework="pt")
+        solutions |= dict.fromkeys(handle.keys(), handle)
+    inside: dict[str, list[LinearMap]] = {}
+    for map_ in maps:
+        for name in map_.parameters:
+            if map_.module in solutions:
+                inside.setdefault(name, []).append(map_)
+
+    def give(name: str) -> torch.Tensor:
+        tensor = prior(name)
+        if name not in inside:
+            return tensor
+        tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for map_ in inside[name]:
+            map_.place_one(name, solutions[map_.module].get_tensor(map_.module), tensor)
+        return tensor
+
+    return give
+
+
 def solution_file(folder: Path, place: int) -> Path:
     """Return where the solutions of a unit's group are kept while the unit is in work."""
     return folder / f"group-{place}.safetensors"
@@ -91,18 +123,11 @@ class _Part:
         setup = setup_of(self._work, stage)
         self._stack = ExitStack()
         weights = self._stack.enter_context(setup.weights())
-        anchored = StoredWeights(self._work.read(stage.inputs["anchor"])).state()
+        anchored = StoredWeights(self._work.read(stage.inputs["anchor"]))
+        before = [self._work.read(Reference.from_json(reference)) for reference in request.before]
         own = _OwnRows(setup)
         rows = self._work.read(stage.inputs["experts"][setup.experts[0].name])
-        merged, expert = (_model(setup, anchored, own, rows) for _ in range(2))
-        parameters = dict(expert.encoder.named_parameters())
-
-        def load_expert(index: int, prefix: str) -> None:
-            with torch.no_grad():
-                for name in weights.names():
-                    if name in parameters and name.startswith(f"{prefix}." if prefix else ""):
-                        parameters[name].copy_(weights.expert(request.tasks[index], name))
-
+        merged, expert = (_encoder(setup, own, rows) for _ in range(2))
         held_out: list[int] | None = None
         if request.held_out:
             parts = [[_batches(self._work, stage, setup, task, own, part) for task in request.tasks] for part in PARTS]
@@ -110,9 +135,16 @@ class _Part:
             batches: Sequence[Sequence[Batch]] = [[*fit, *rest] for fit, rest in zip(*parts, strict=True)]
         else:
             batches = [_batches(self._work, stage, setup, task, own, "all") for task in request.tasks]
-        self._walk = Walk(merged.encoder, expert.encoder, load_expert, batches, setup.regressed, held_out)
-        for reference in request.before:
-            self._apply(self._work.read(Reference.from_json(reference)).file(SOLUTIONS))
+        self._walk = Walk(
+            merged,
+            expert,
+            weights.names(),
+            solved_over(anchored, setup.regressed, before),
+            lambda index, name: weights.expert(request.tasks[index], name),
+            batches,
+            setup.regressed,
+            held_out,
+        )
         self._done: list[Mapping[str, str]] = []
         self._solved: list[str] = []
 
@@ -188,15 +220,16 @@ class _OwnRows:
         return batch if self._vocabulary is None else shifted(batch, self._vocabulary, self._starts[expert])
 
 
-def _model(setup: Setup, state: Mapping[str, torch.Tensor], own: _OwnRows, artefact: Artefact) -> TaskModel:
+def _encoder(setup: Setup, own: _OwnRows, artefact: Artefact) -> nn.Module:
+    """Return an encoder without the weights that are merged, with those that are some expert's own."""
     first = setup.experts[0]
     with first.model.open() as checkpoint:
         model = build_model(checkpoint, first, 1, setup.layout)
         # Loaded for encoder weights that travel with the head (a pooler that the base lacks).
         model.load_head(head_tensors(checkpoint, setup.layout, first.name, artefact))
-    model.load_encoder(state)
     fill(model.encoder, own.tables)
-    return model
+    encoder: nn.Module = model.encoder
+    return encoder
 
 
 def _batches(

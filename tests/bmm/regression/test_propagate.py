@@ -26,28 +26,30 @@ def maps_of(model: nn.Module, batch: Batch) -> tuple[LinearMap, ...]:
 
 
 def walk_of(start: nn.Module, experts: list[nn.Module], rows: list[list[Batch]], maps: Any = None) -> Walk:
+    known = [dict(model.named_parameters(remove_duplicate=False)) for model in (*experts, copy.deepcopy(start))]
+    names = dict(start.named_parameters())
     scratch = copy.deepcopy(start)
-    target = dict(scratch.named_parameters())
-
-    def load(index: int, prefix: str) -> None:
-        with torch.no_grad():
-            for name, parameter in experts[index].named_parameters():
-                if name.startswith(prefix):
-                    target[name].copy_(parameter)
-
-    return Walk(start, scratch, load, rows, maps or maps_of(start, rows[0][0]))
+    maps = maps or maps_of(start, rows[0][0])
+    return Walk(start, scratch, names, lambda name: known[-1][name], lambda t, name: known[t][name], rows, maps)
 
 
-def run(walk: Walk, anchor: nn.Module, lam: float) -> dict[str, Moments]:
+def run(walk: Walk, merged: nn.Module, anchor: nn.Module, lam: float) -> dict[str, Moments]:
+    """Walk to the end, and leave the solved weights in `merged`, whose layers the walk has let go of."""
     found = {}
+    solutions = {}
     for unit in walk.units:
         for group, members in unit.groups.items():
             found[group] = moments = trusted(total([found for (found,) in walk.moments(unit.name, group)]), members)
             spectrum = moments.spectrum(group)
             for map_ in members:
                 prior = map_.matrix(anchor.get_parameter)
-                walk.apply(map_.module, moments.posterior(spectrum, map_.module, prior).mean(lam))
+                solutions[map_] = moments.posterior(spectrum, map_.module, prior).mean(lam)
+                walk.apply(map_.module, solutions[map_])
         walk.advance(unit.name)
+    for name, parameter in merged.named_parameters():
+        parameter.data = anchor.get_parameter(name).clone()
+    for map_, solution in solutions.items():
+        map_.place(solution, merged.get_parameter)
     return found
 
 
@@ -65,7 +67,7 @@ def test_experts_that_agree_are_reproduced_from_any_anchor(family: str) -> None:
     rows = [batches(family, 3, 12), batches(family, 4, 12)]
     agree_outside(maps_of(anchor, rows[0][0]), expert, anchor)
     merged = copy.deepcopy(anchor)
-    run(walk_of(merged, [expert, expert], rows), anchor, lam=1e-9)
+    run(walk_of(merged, [expert, expert], rows), merged, anchor, lam=1e-9)
     wanted, found, far = (hidden_states(model, rows[0][0]) for model in (expert, merged, anchor))
     scale = wanted.abs().mean()
     assert (far - wanted).abs().mean() > 0.2 * scale
@@ -89,7 +91,7 @@ def test_a_drift_that_the_maps_cannot_see_is_made_up_for_at_the_residual_stream(
     def error(known: bool) -> float:
         merged = copy.deepcopy(shifted)
         given = maps if known else [replace(map_, stream=False) for map_ in maps]
-        run(walk_of(merged, [expert, expert], rows, given), shifted, lam=1e-6)
+        run(walk_of(merged, [expert, expert], rows, given), merged, shifted, lam=1e-6)
         return float((hidden_states(merged, rows[0][0]) - hidden_states(expert, rows[0][0])).square().mean())
 
     assert error(True) < 0.9 * error(False)
@@ -108,7 +110,7 @@ def test_moments_are_of_what_the_merged_model_itself_reads() -> None:
     experts, anchor = [encoder("bert", 1), encoder("bert", 2)], encoder("bert", 3)
     rows = [batches("bert", 5), batches("bert", 6)]
     merged = copy.deepcopy(anchor)
-    moments = run(walk_of(merged, experts, rows), anchor, lam=0.1)
+    moments = run(walk_of(merged, experts, rows), merged, anchor, lam=0.1)
     # Every input was observed after all that precedes it was solved, so the solved model still reads the same.
     for group in ("encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense", "pooler.dense"):
         wanted = 0.0
@@ -124,7 +126,7 @@ def test_the_cross_moment_is_of_the_experts_answers_on_their_own_inputs() -> Non
     rows = [batches("bert", 5), batches("bert", 6)]
     merged = copy.deepcopy(anchor)
     name = "encoder.layer.1.attention.self.key"
-    moments = run(walk_of(merged, experts, rows), anchor, lam=0.1)["encoder.layer.1.attention.self.query"]
+    moments = run(walk_of(merged, experts, rows), merged, anchor, lam=0.1)["encoder.layer.1.attention.self.query"]
     cross, power = 0.0, 0.0
     for expert, task in zip(experts, rows, strict=True):
         read = torch.cat([inputs_of(merged, name, batch) for batch in task]).double()
@@ -147,7 +149,7 @@ def test_a_writers_target_makes_the_merged_stream_the_experts(family: str) -> No
     writers = [map_ for map_ in maps if map_.stream]
     assert bool(writers) == (family != "gemma2"), "Gemma 2 normalises what it adds"
     merged = copy.deepcopy(anchor)
-    moments = run(walk_of(merged, [expert], rows), anchor, lam=1e-9)
+    moments = run(walk_of(merged, [expert], rows), merged, anchor, lam=1e-9)
     for map_ in writers:
         found = moments[map_.input_group]
         solution = map_.matrix(merged.get_parameter)
@@ -160,7 +162,7 @@ def test_an_expert_of_a_mixture_is_regressed_on_the_tokens_that_reach_it(family:
     rows = [batches(family, 5), batches(family, 6)]
     merged = copy.deepcopy(anchor)
     walk = walk_of(merged, experts, rows)
-    moments = run(walk, anchor, lam=0.1)
+    moments = run(walk, merged, anchor, lam=0.1)
     groups = [name for name in moments if ".experts.gate_up_proj." in name and name.startswith("layers.1.")]
     tokens = sum(int(batch["attention_mask"].sum()) for task in rows for batch in task)
     assert len(groups) == 3
