@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,9 @@ from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Artefact, Reference, Store
 from bmm.threads import one_thread
+from bmm.weights import ExpertWeights
+
+WalkKind = TypeVar("WalkKind", bound=Walk)
 
 SOLUTIONS = "solutions.safetensors"
 PARTS: tuple[Literal["fit"], Literal["held-out"]] = ("fit", "held-out")
@@ -76,6 +79,46 @@ def part_moments(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
     request = PartRequest(**{**values, **{name: tuple(values[name]) for name in names}})
     with _lock, one_thread():
         return _part_of(request).moments(request)
+
+
+def open_walk(
+    kind: type[WalkKind],
+    work: Work,
+    request: Request,
+    setup: Setup,
+    weights: ExpertWeights,
+    prior: Give,
+    tasks: Sequence[int],
+    *,
+    held_out: bool = False,
+) -> WalkKind:
+    """Return a walk of some tasks that stands at the network's beginning.
+
+    Args:
+        kind: the class of the walk.
+        work: the way to the store.
+        request: the search stage's.
+        setup: the merge.
+        weights: base and experts, open for as long as the walk lasts.
+        prior: gives the weights of the model that it begins with.
+        tasks: places of the tasks among the experts.
+        held_out: whether some rows are kept out of the solve.
+    """
+    own = _OwnRows(setup)
+    rows = work.read(request.inputs["experts"][setup.experts[0].name])
+    merged, expert = (_encoder(setup, own, rows) for _ in range(2))
+    apart: list[int] | None = None
+    if held_out:
+        parts = [[_batches(work, request, setup, task, own, part) for task in tasks] for part in PARTS]
+        apart = [len(task) for task in parts[1]]
+        batches: Sequence[Sequence[Batch]] = [[*fit, *rest] for fit, rest in zip(*parts, strict=True)]
+    else:
+        batches = [_batches(work, request, setup, task, own, "all") for task in tasks]
+
+    def weight(index: int, name: str) -> torch.Tensor:
+        return weights.expert(tasks[index], name)
+
+    return kind(merged, expert, weights.names(), prior, weight, batches, setup.regressed, apart)
 
 
 def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefact]) -> Give:
@@ -125,26 +168,8 @@ class _Part:
         weights = self._stack.enter_context(setup.weights())
         anchored = StoredWeights(self._work.read(stage.inputs["anchor"]))
         before = [self._work.read(Reference.from_json(reference)) for reference in request.before]
-        own = _OwnRows(setup)
-        rows = self._work.read(stage.inputs["experts"][setup.experts[0].name])
-        merged, expert = (_encoder(setup, own, rows) for _ in range(2))
-        held_out: list[int] | None = None
-        if request.held_out:
-            parts = [[_batches(self._work, stage, setup, task, own, part) for task in request.tasks] for part in PARTS]
-            held_out = [len(task) for task in parts[1]]
-            batches: Sequence[Sequence[Batch]] = [[*fit, *rest] for fit, rest in zip(*parts, strict=True)]
-        else:
-            batches = [_batches(self._work, stage, setup, task, own, "all") for task in request.tasks]
-        self._walk = Walk(
-            merged,
-            expert,
-            weights.names(),
-            solved_over(anchored, setup.regressed, before),
-            lambda index, name: weights.expert(request.tasks[index], name),
-            batches,
-            setup.regressed,
-            held_out,
-        )
+        prior = solved_over(anchored, setup.regressed, before)
+        self._walk = open_walk(Walk, self._work, stage, setup, weights, prior, request.tasks, held_out=request.held_out)
         self._done: list[Mapping[str, str]] = []
         self._solved: list[str] = []
 

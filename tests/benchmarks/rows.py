@@ -1,7 +1,7 @@
 """Which methods the table has, each as what it changes in a recipe.
 
-One place to add a row: `rows`. Running them is `benchmarks.runs`; a method that is no recipe of ours, but another
-project's code, `benchmarks.peers`.
+One place to add a row: `rows`. Running them is `benchmarks.runs`; a method that is no recipe of ours is another
+project's code (`benchmarks.peers`) or was tried and not kept (`benchmarks.leads`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from benchmarks.leads import LEADS, Lead
 from benchmarks.peers import Peer
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings, Method, ScaledSettings
 
 Changes = Mapping[str, Any]
-Stage = Literal["experts", "grams", "anchor", "search"]
+Stage = Literal["experts", "grams", "anchor", "both", "search"]
 
 # The strength that the unsearched rows use everywhere, so that nothing of theirs was chosen on the rows they are
 # measured on.
@@ -51,7 +52,8 @@ DATA_FREE: Changes = {
 class How:
     """A method as a recipe: `changes` to its keys, run up to `stage`, whose model is the result.
 
-    `after` are recipes whose work this one builds on; its time includes theirs.
+    `after` are recipes whose work this one builds on; its time includes theirs. The stage `both` is all that a search
+    stands on, Grams and anchor.
     """
 
     changes: Changes
@@ -73,7 +75,7 @@ class Row:
     """
 
     method: str
-    how: How | Peer
+    how: How | Peer | Lead
     ours: bool
     data_free: bool
     seeded: bool
@@ -182,6 +184,7 @@ def _ours(trials: int) -> list[Row]:
         Row("propagated", walked, ours=True, data_free=False, seeded=True),
         Row("propagated, λ by held-out rows", held_out, ours=True, data_free=False, seeded=True),
         Row("propagated, two rounds", How(twice, "search", (walked,)), ours=True, data_free=False, seeded=True),
+        *(Row(name, lead, ours=True, data_free=False, seeded=True) for name, lead in LEADS.items()),
         _searched("module-wise, searched", MODULE_WISE, trials),
         _searched("hybrid, searched", HYBRID, trials, How(MODULE_WISE, "grams")),
         _searched("propagated, searched", PROPAGATED, trials, walked),

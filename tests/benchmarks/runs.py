@@ -16,14 +16,16 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from benchmarks import peers
+from benchmarks import leads, peers
+from benchmarks.leads import Lead
 from benchmarks.peers import Peer
-from benchmarks.rows import Changes, How, Row
+from benchmarks.rows import LAMBDA, PROPAGATED, Changes, How, Row
 
 from bmm.evaluation.metrics import Measured
 from bmm.pipeline import perform_here, run_stages
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import Recipe
+from bmm.requests import Requests
 from bmm.sources import Inputs, fingerprint_inputs
 from bmm.stages.evaluate import open_panel
 from bmm.stages.panel import expert_predictions
@@ -37,6 +39,7 @@ _STAGES = {
     "experts": ("experts",),
     "grams": ("experts", "grams"),
     "anchor": ("experts", "anchor"),
+    "both": ("experts", "grams", "anchor"),
     "search": ("experts", "grams", "anchor", "search"),
 }
 
@@ -82,8 +85,13 @@ class Bench:
             seed: of the draw of calibration rows, and of the search.
             rows: how many a task; a task with fewer gives all that it has.
         """
-        made = self._peer(row.how, seed, rows) if isinstance(row.how, Peer) else self._own(row.how, seed, rows)
-        reference, seconds = made
+        match row.how:
+            case Peer():
+                reference, seconds = self._peer(row.how, seed, rows)
+            case Lead():
+                reference, seconds = self._lead(row.how, seed, rows)
+            case How():
+                reference, seconds = self._own(row.how, seed, rows)
         self.answers(reference.digest, lambda: StoredWeights(self.store.read(reference)).state(), row.method)
         return Model(reference.digest, seconds)
 
@@ -103,6 +111,13 @@ class Bench:
             expert.name: work.read(results["experts"].reference("experts", expert.name)) for expert in setup.experts
         }
         return peers.merge(peer, work, setup, data)
+
+    def _lead(self, lead: Lead, seed: int, rows: int) -> tuple[Reference, float]:
+        recipe, inputs, results = self._results(How(PROPAGATED, "both"), seed, rows)
+        anchored = sum(self._seconds(result) for name, result in results.items() if name != "experts")
+        request = Requests(recipe, inputs).build("search", results)
+        reference, seconds = leads.merge(lead, LAMBDA, Work(self.store), request)
+        return reference, anchored + seconds
 
     def answers(
         self, digest: str, state: Callable[[], dict[str, torch.Tensor]] | None = None, what: str = "model"

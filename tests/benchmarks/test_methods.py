@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks import methods, rows, summary
+from benchmarks.leads import Lead
 from benchmarks.peers import Peer
 from benchmarks.runs import Bench, Zoo
 
@@ -37,6 +38,8 @@ KINDS = (
     "data-free, λ = 0.1",
     "data-free, λ by evidence",
     "propagated",
+    "lead: LayerNorms too",
+    "lead: tasks by their noise",
     "hybrid, searched",
 )
 
@@ -77,7 +80,7 @@ def test_every_row_is_a_recipe_of_its_own_or_a_peer(pico: Path) -> None:
     assert len({row.method for row in table}) == len(table)
     recipes = [bench.recipe(row.how, 1, 16) for row in table if isinstance(row.how, rows.How)]
     assert len({json.dumps(recipe.document()) for recipe in recipes}) == len(recipes)
-    peers = [json.dumps(vars(row.how), sort_keys=True) for row in table if isinstance(row.how, Peer)]
+    peers = [json.dumps(vars(row.how), sort_keys=True) for row in table if isinstance(row.how, Peer | Lead)]
     assert len(set(peers)) == len(peers) == len(table) - len(recipes)
     for recipe in recipes:
         assert {expert.task.calibration.seed for expert in recipe.experts} == {1}
