@@ -150,6 +150,11 @@ class WUDISettings(_Settings):
     steps: int = Field(default=300, ge=1, description="Adam steps; the exact solver has none")
     learning_rate: float = Field(default=1e-5, gt=0, description="of the Adam schedule")
 
+    def said(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON: of the solver's settings only its own."""
+        others = {"steps", "learning_rate"} if self.solver == "exact" else {"cutoff"}
+        return {name: value for name, value in super().said().items() if name not in others}
+
 
 class RegMeanSettings(_Settings):
     """RegMean, the regression without a prior (Jin et al., arXiv 2212.09849)."""

@@ -112,7 +112,7 @@ def _compared_settings(method: str, settings: EvaluationSettings) -> AnchorSetti
 
 def _options(work: Work, anchor: Reference, said: dict[str, Any]) -> dict[str, Any]:
     """Return a method's settings as its row shows them, with the scale that was chosen."""
-    shown = {name: value for name, value in said.items() if name not in ("method", "scales")}
+    shown = {name: value for name, value in said.items() if name not in ("method", "scales") and value is not None}
     chosen = chosen_scale(work, anchor)
     return shown if chosen is None else {**shown, "scale": chosen, "chosen_on": "validation"}
 

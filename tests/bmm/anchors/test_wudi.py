@@ -114,3 +114,11 @@ def test_experts_on_orthogonal_inputs_all_survive_whole(weights_of):
         vector[:, 2 * index : 2 * index + 2] = torch.randn(4, 2, generator=torch.Generator().manual_seed(index))
     weights = weights_of({"map.weight": torch.zeros(4, 6)}, [{"map.weight": vector} for vector in vectors])
     torch.testing.assert_close(exact(weights).float(), sum(vectors))
+
+
+def test_a_solver_depends_on_its_own_settings_alone():
+    assert (
+        WUDISettings(steps=5).said() == WUDISettings().said() == {"method": "wudi", "solver": "exact", "cutoff": 1e-3}
+    )
+    assert WUDISettings(solver="adam", cutoff=0.1).said() == WUDISettings(solver="adam").said()
+    assert WUDISettings(solver="adam", steps=5).said() != WUDISettings(solver="adam").said()
