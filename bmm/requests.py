@@ -44,6 +44,8 @@ class Requests:
                     given["grams"] = results["grams"].outputs["experts"]
                 elif self.recipe.anchor.needs == "fisher" or self.recipe.anchor.chooses_scale:
                     given["experts"] = results["experts"].outputs["experts"]
+                if self.recipe.anchor.ordered:
+                    given["order"] = self._order()
                 settings: dict[str, Any] = {"anchor": self.recipe.anchor.said()}
                 if self.recipe.anchor.chooses_scale:
                     settings["batch_size"] = self.recipe.evaluation.batch_size
@@ -53,6 +55,8 @@ class Requests:
                 return self._search(results)
             case "evaluate":
                 given = {**self._solved_from(results), "search": results["search"].outputs["search"]}
+                if "dare" in self.recipe.evaluation.compare:
+                    given["order"] = self._order()
                 evaluation = self.recipe.evaluation.model_dump(mode="json")
                 settings = {
                     "evaluation": evaluation,
@@ -118,6 +122,9 @@ class Requests:
             "base": self.inputs.base.to_json(),
             "experts": [expert.to_json() for expert in self.inputs.experts],
         }
+
+    def _order(self) -> list[str]:
+        return [expert.name for expert in self.inputs.experts]
 
     def _solved_from(self, results: Results) -> dict[str, Any]:
         return {

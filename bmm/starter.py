@@ -7,6 +7,8 @@ find it leaves as a placeholder and says so. Nothing is loaded but headers and t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ _TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "body", "t
 _IMAGE_COLUMNS = ("image", "img", "picture", "pixels", "path", "file_name", "file")
 _LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment")
 _LONGEST = 128
+# With room for a number behind it.
+_LONGEST_NAME = 60
 _ADAPTER = "adapter_config.json"
 _KINDS = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
 """How an architecture's name ends, and the kind of task that its checkpoints are for."""
@@ -52,10 +56,11 @@ def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
     base = f"./{bases[0].relative_to(folder).as_posix()}" if bases else "./base"
     if not bases:
         gaps.append("base_model: no base was found; name its folder or hub id")
-    entries = []
+    entries: list[ExpertEntry] = []
     positions = _positions(bases[0]) if bases else _LONGEST
     for path, kind in experts.items():
         entry, missing = _entry(folder, path, kind, positions)
+        entry = replace(entry, name=_distinct(entry.name, [other.name for other in entries]))
         entries.append(entry)
         gaps += [f"{entry.name}: {gap}" for gap in missing]
     text = recipe_text(entries, file=_FILE, output="./merged", anchor="wudi", trials=24, seed=0, base=base)
@@ -94,7 +99,7 @@ def _checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
 def _entry(folder: Path, path: Path, kind: str, positions: int) -> tuple[ExpertEntry, list[str]]:
     """Return an expert's part of the recipe and what is missing from it."""
-    name = "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in path.name).lstrip("_.-")
+    name = "".join(one if (one.isascii() and one.isalnum()) or one in "_.-" else "-" for one in path.name)
     splits, missing = {}, []
     for split, names in _SPLITS.items():
         found = _rows(folder, path, names)
@@ -114,13 +119,20 @@ def _entry(folder: Path, path: Path, kind: str, positions: int) -> tuple[ExpertE
     else:
         task = TextKeys(min(_LONGEST, positions), text=column, label=label)
     entry = ExpertEntry(
-        name=name or "expert",
+        name=name.lstrip("_.-")[:_LONGEST_NAME] or "expert",
         title=_title(path),
         model=f"./{path.relative_to(folder).as_posix()}",
         splits=splits,
         task=task,
     )
     return entry, missing
+
+
+def _distinct(name: str, taken: Sequence[str]) -> str:
+    """Return a name that a recipe takes beside these: no two are alike but for their case, and none is `mean`."""
+    known = {"mean", *(other.lower() for other in taken)}
+    numbered = (f"{name}-{number}" for number in count(2))
+    return next(one for one in chain([name], numbered) if one.lower() not in known)
 
 
 def _positions(base: Path) -> int:

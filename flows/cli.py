@@ -337,7 +337,7 @@ def _run(
             show(found)
     except UserError as error:
         _fail(str(error), 2, as_json)
-    except (BMMError, MemoryError, OSError) as error:
+    except (BMMError, FloatingPointError, MemoryError, OSError) as error:
         _fail(str(error) or type(error).__name__, 1, as_json)
     except KeyboardInterrupt:
         _fail("stopped; run the same command again to carry on where it stopped", 1, as_json)

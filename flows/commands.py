@@ -5,6 +5,7 @@ How results are shown is `flows.show`; words and exit codes are `flows.cli`.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -127,12 +128,15 @@ def _merge_here(recipe: Recipe, store: Store) -> Any:
 
 def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = None) -> dict[str, Any]:
     """Run the stages up to the Gram matrices, and publish them in a folder for each expert below `output`."""
-    from bmm.grams.published import publish
+    from bmm.grams.published import check_target, publish
     from bmm.grams.store import GramReader
     from bmm.pipeline import perform_here, run_stages
     from bmm.sources import fingerprint_inputs
 
     recipe = _recipe(path)
+    if output is not None:
+        for name in (expert.name for expert in recipe.experts):
+            check_target(output / name)
     opened = Store.open(store, fresh=fresh)
     results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, ("experts", "task-vectors", "grams"))
     experts = []
@@ -181,7 +185,7 @@ def evaluate(
         raise UserError("--seed is that of the drawn models; give --samples too, or leave it out")
     recipe = _recipe(path)
     inputs = fingerprint_inputs(recipe, check_output_folder=False)
-    folder = recipe.folder if not Path(model).exists() else Path.cwd()
+    folder = Path.cwd() if os.path.exists(model) else recipe.folder
     found = fingerprint_model(model, folder, "MODEL", inputs.base)
     opened = Store.open(store)
     drawn: dict[str, Any] = {}

@@ -44,6 +44,8 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs: ClassVar[Need | None] = None
+    ordered: ClassVar[bool] = False
+    """Whether the experts' places in the recipe count."""
 
     @property
     def chooses_scale(self) -> bool:
@@ -102,6 +104,8 @@ class TIESSettings(ScaledSettings):
 
 class DARESettings(ScaledSettings):
     """Drop entries of the task vectors at random, rescale the rest, then merge (Yu et al., arXiv 2311.03099)."""
+
+    ordered: ClassVar[bool] = True
 
     method: Literal["dare"] = "dare"
     drop: float = Field(default=0.9, ge=0, lt=1, description="probability with which an entry is dropped")
@@ -180,7 +184,7 @@ class FisherSettings(_Settings):
     )
     normalize: bool = Field(default=True, description="bring every expert's Fisher information to one norm")
     floor: float = Field(default=1e-6, gt=0, description="added to every entry, for those that no row reaches")
-    seed: int = Field(default=0, ge=0, description="of the sampled labels")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the sampled labels")
 
 
 class ACESettings(ScaledSettings):

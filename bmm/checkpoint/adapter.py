@@ -34,7 +34,8 @@ _PART = re.compile(
     r"|(?P<tokens>token_adapter\.trainable_tokens_delta))"
 )
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(?=\.)")
-_TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+# One of these shows that a folder has what reads its rows.
+_READERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "preprocessor_config.json")
 
 
 @dataclass
@@ -112,8 +113,8 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The adapter's folder where it has a tokenizer, else the base's."""
-        own = any(file.is_file() for pattern in _TOKENIZER for file in self.path.glob(pattern))
+        """The adapter's folder where it has a tokenizer or an image processor, else the base's."""
+        own = any(file.is_file() for pattern in _READERS for file in self.path.glob(pattern))
         return self.path if own else self.base.tokenizer_folder
 
     @property

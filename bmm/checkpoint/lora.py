@@ -77,6 +77,8 @@ class LoraSettings:
             )
         mapping = values.get("auto_mapping") or {}
         try:
+            for pattern in (*(values.get("rank_pattern") or {}), *(values.get("alpha_pattern") or {})):
+                re.compile(pattern)
             return cls(
                 rank=int(values.get("r", 8)),
                 alpha=float(values.get("lora_alpha", 8)),
@@ -90,7 +92,7 @@ class LoraSettings:
                 model_class=mapping.get("base_model_class"),
                 token_indices=_token_indices(values.get("trainable_token_indices")),
             )
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, re.error) as error:
             raise CheckpointError(
                 f"{file} is not an adapter's configuration ({error}); save the adapter again"
             ) from None

@@ -54,6 +54,7 @@ def find_weights(folder: Path) -> Weights:
     if single.is_file():
         files, listed, used_index = [single], dict[str, str](), None
     elif index.is_file():
+        check_allowed(index, "the weights")
         listed = _read_index(index)
         files, used_index = [folder / name for name in sorted(set(listed.values()))], index
     else:

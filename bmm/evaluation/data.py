@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bmm.checkpoint.allowed import check_allowed
 from bmm.digest import digest_text
 from bmm.errors import ArtefactDamagedError, DataError
 from bmm.evaluation.tables import BUILDERS, data_files, encoded_images, named_files, opened, saved_folder, shown
@@ -142,13 +143,20 @@ def source_files(source: SplitSource, folder: Path, where: str = "the recipe", i
 
     Raises:
         DataError: a named file or folder does not exist, or the source names none.
+        UserError: one that must be opened lies outside of `BMM_ALLOWED_FOLDERS`.
     """
     spot = f"{where} ({shown(source)})"
     if source.path in BUILDERS:
         files = data_files(source, folder, spot)
-        return files if images is None else [*files, *named_files(source, images, folder, spot)]
-    local = saved_folder(source, folder, spot)
-    return sorted(path for path in local.rglob("*") if path.is_file()) if local is not None else []
+    else:
+        local = saved_folder(source, folder, spot)
+        files = sorted(path for path in local.rglob("*") if path.is_file()) if local is not None else []
+    if images is None or not files:
+        return files
+    for path in files:
+        # Before they are opened to see which images they name.
+        check_allowed(path, spot)
+    return [*files, *named_files(source, images, folder, spot)]
 
 
 def check_disjoint(where: str, splits: Mapping[str, Split]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bmm.digest import digest_text
-from bmm.errors import BMMError
+from bmm.errors import BMMError, DataError
 from bmm.evaluation.scores import Metric, Statistics
 
 
@@ -84,7 +84,7 @@ def share_of_experts(model: Mapping[str, float], expert: Mapping[str, float]) ->
     """Return the model's mean score over tasks divided by the experts' mean: the figure of the table.
 
     Raises:
-        BMMError: the experts' mean is not above 0.
+        DataError: the experts' mean is not above 0.
     """
     return float(_share(*(_column(values, expert) for values in (model, expert))))
 
@@ -93,11 +93,11 @@ def mean_ratio_to_expert(model: Mapping[str, float], expert: Mapping[str, float]
     """Return the mean over tasks of model score / expert score: what the search maximises.
 
     Raises:
-        BMMError: an expert's score is not above 0.
+        DataError: an expert's score is not above 0.
     """
     for task, value in expert.items():
         if not value > 0:
-            raise BMMError(
+            raise DataError(
                 f"the expert of {task} has the score {value:g}, so that nothing can be a share of it; "
                 "check its data and labels"
             )
@@ -132,7 +132,7 @@ class Bootstrap:
         resamples together: what one of them, whichever it is, may show.
 
         Raises:
-            BMMError: there is no other resample.
+            DataError: there is no other resample.
         """
         experts = self._means(expert)
         usable = experts > 0
@@ -165,8 +165,8 @@ def summarise(measured: Measurements, *, samples: int, seed: int, confidence: fl
         confidence: of the intervals.
 
     Raises:
-        BMMError: an array is missing or of another length, a task is called "mean", or the experts' mean
-            is not above 0.
+        BMMError: an array is missing or of another length, or a task is called "mean".
+        DataError: the experts' mean is not above 0.
     """
     names = ("base", "expert", "anchor", "merged")
     if "mean" in measured:
@@ -206,7 +206,8 @@ def method_rows(
         confidence: of the intervals.
 
     Raises:
-        BMMError: an array is missing or of another length, or the experts' mean is not above 0.
+        BMMError: an array is missing or of another length.
+        DataError: the experts' mean is not above 0.
     """
     rows = [Method("base", "base"), Method("expert", "experts"), *methods, Method("merged", "merged")]
     names = tuple(dict.fromkeys(row.model for row in rows))
@@ -260,7 +261,7 @@ def _share(model: NDArray[np.float64], expert: NDArray[np.float64]) -> float:
 
 def _share_of_means(model: Any, expert: Any) -> Any:
     if np.size(expert) == 0 or not np.all(expert > 0):
-        raise BMMError(
+        raise DataError(
             "the experts' mean score is not above 0, so that nothing can be a share of it; check their data and labels"
         )
     return model / expert

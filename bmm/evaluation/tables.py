@@ -156,14 +156,24 @@ def named_files(source: SplitSource, column: str, folder: Path, spot: str) -> li
 
     Without a column of that name, or with one that holds something else than texts, there are none.
     """
-    if source.path not in ("json", "csv", "parquet"):
+    if source.path in ("text", *_FOLDERS):
         return []
     if source.path == "parquet" and not _names_files(data_files(source, folder, spot)[0], column):
         return []
     with opened(source, folder, spot) as table:
-        values = list(table[column]) if column in table.column_names else []
-    paths = (Path(folder).resolve() / value for value in values if isinstance(value, str))
+        feature = table.features.get(column)
+        values = list(table[column]) if _holds_names(feature) else []
+    # As `datasets` writes an image that is not in the table: a mapping with its path and no bytes.
+    names = (value.get("path") if isinstance(value, dict) and not value.get("bytes") else value for value in values)
+    paths = (Path(folder).resolve() / name for name in names if isinstance(name, str))
     return list(dict.fromkeys(path for path in paths if path.is_file()))
+
+
+def _holds_names(feature: Any) -> bool:
+    """Say whether a column holds texts, or mappings with a path."""
+    return getattr(feature, "dtype", None) in ("string", "large_string") or (
+        isinstance(feature, dict) and "path" in feature
+    )
 
 
 def _names_files(file: Path, column: str) -> bool:

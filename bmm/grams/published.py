@@ -36,6 +36,21 @@ class PublishedGrams:
         return dict(vars(self))
 
 
+def check_target(folder: Path) -> None:
+    """Refuse, before matrices are made, a folder that could not take them.
+
+    Raises:
+        OutputError: it is a file, lies below one, or holds something else than Gram matrices.
+        UserError: it lies outside of `BMM_ALLOWED_FOLDERS`.
+    """
+    check_allowed(folder, "the folder for the Gram matrices")
+    place = next((one for one in (folder, *folder.absolute().parents) if one.exists()), folder)
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file; name a folder that is new or empty")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise OutputError(f"{folder} holds something else already; name a folder that is new or empty")
+
+
 def publish(artefact: Artefact, folder: Path) -> None:
     """Copy a `grams` artefact to a folder, which is new, empty or an earlier copy of the same artefact.
 
@@ -43,9 +58,7 @@ def publish(artefact: Artefact, folder: Path) -> None:
         OutputError: the folder holds something else, or cannot be written.
         UserError: it lies outside of `BMM_ALLOWED_FOLDERS`.
     """
-    check_allowed(folder, "the folder for the Gram matrices")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; name a folder that is new or empty")
+    check_target(folder)
     with explained(folder):
         if folder.is_dir() and any(folder.iterdir()):
             if _holds(folder, artefact):
@@ -80,9 +93,9 @@ def find(folder: Path, where: str) -> PublishedGrams:
         ) from None
     except ArtefactDamagedError as error:
         raise RecipeError(f"{error}; publish it again with `bmm grams RECIPE --output`") from None
-    if manifest["kind"] != KIND:
-        raise RecipeError(f"{where}: {folder} holds an artefact of kind '{manifest['kind']}', not Gram matrices")
-    if manifest["digest"] != digest_json(manifest["files"]):
+    if manifest.get("kind") != KIND:
+        raise RecipeError(f"{where}: {folder} holds an artefact of kind '{manifest.get('kind')}', not Gram matrices")
+    if manifest.get("digest") != digest_json(manifest["files"]):
         raise RecipeError(f"{where}: {folder} has an altered manifest; publish it again")
     return PublishedGrams(str(folder), manifest["digest"])
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bmm.checkpoint.allowed import check_allowed
 from bmm.errors import ArtefactDamagedError, CheckpointError, DataError
 from bmm.evaluation.data import Columns, Split
 from bmm.evaluation.tokens import quiet_transformers
@@ -246,8 +247,10 @@ def _bytes(value: Any, column: str, folder: Path, spot: str) -> bytes:
             f"{spot} has a value of type {type(value).__name__} in column '{column}' where an image or its path "
             "belongs; set task.image to the right column"
         )
+    place = Path(folder).resolve() / path
+    check_allowed(place, spot)
     try:
-        return (Path(folder).resolve() / path).read_bytes()
+        return place.read_bytes()
     except OSError as error:
         raise DataError(f"{spot}: the image {path} cannot be read: {error.strerror}; correct its path") from None
 

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+Per = Literal["model", "type", "depth", "type x depth", "module"]
+"""What shares one pair of hyperparameters."""
 Range = Annotated[tuple[float, float], Field(description="lower and upper end")]
+# Beyond these the arithmetic still works but nothing that a model could want is left to find.
+LARGEST_LOG10_LAMBDA = 30.0
+LARGEST_GAMMA = 1000.0
 
 
 class SearchSettings(BaseModel):
@@ -14,7 +27,7 @@ class SearchSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    per: Literal["model", "type", "depth", "type x depth", "module"] = "type"
+    per: Per = "type"
     trials: int = Field(default=24, ge=0, description="0, and by default without validation rows: no search")
     objective: Literal["share-of-expert"] = "share-of-expert"
     seed: int = Field(default=0, ge=0)
@@ -26,9 +39,12 @@ class SearchSettings(BaseModel):
 
     @field_validator("log10_lambda", "gamma")
     @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _ordered(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         if not value[0] < value[1]:
             raise ValueError("the lower end must be below the upper end")
+        largest = LARGEST_LOG10_LAMBDA if info.field_name == "log10_lambda" else LARGEST_GAMMA
+        if not -largest <= value[0] < value[1] <= largest:
+            raise ValueError(f"both ends must lie within ±{largest:g}")
         return value
 
     @model_validator(mode="after")

@@ -14,17 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from bmm.errors import BMMError, RecipeError
+from bmm.search.settings import LARGEST_GAMMA, LARGEST_LOG10_LAMBDA, Per
 
-Per = Literal["model", "type", "depth", "type x depth", "module"]
 Point = tuple[float, ...]
 """A place in the unit cube: for each group in order its `log10 λ`, then its `γ`, each scaled to [0, 1]."""
 
-# Beyond these the arithmetic still works but nothing that a model could want is left to find.
-_LARGEST_LOG10_LAMBDA = 30.0
-_LARGEST_GAMMA = 1000.0
 # How far outside the cube rounding may carry a point that lies on its face.
 _ROUNDING = 1e-9
 
@@ -74,8 +71,8 @@ class Space:
         if not self.groups or len(set(self.groups)) != len(self.groups):
             raise BMMError(f"a search space needs distinct module groups, at least one, not {list(self.groups)}")
         for key, (low, high), largest in (
-            ("log10_lambda", self.log10_lambda, _LARGEST_LOG10_LAMBDA),
-            ("gamma", self.gamma, _LARGEST_GAMMA),
+            ("log10_lambda", self.log10_lambda, LARGEST_LOG10_LAMBDA),
+            ("gamma", self.gamma, LARGEST_GAMMA),
         ):
             if not -largest <= low < high <= largest:
                 raise RecipeError(

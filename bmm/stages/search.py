@@ -20,8 +20,8 @@ from bmm.prediction import StoredWeights
 from bmm.progress import progress
 from bmm.regression.settings import RegressionSettings
 from bmm.search.run import Outcome, search
-from bmm.search.settings import SearchSettings
-from bmm.search.space import ModulePlace, Per, Setting, Space, groups_of
+from bmm.search.settings import Per, SearchSettings
+from bmm.search.space import ModulePlace, Setting, Space, groups_of
 from bmm.search.study import Study
 from bmm.stages.anchor import published_dtypes, write_state
 from bmm.stages.panel import expert_predictions, panel_of

@@ -128,6 +128,21 @@ def test_a_scale_chosen_on_validation_depends_on_what_it_is_measured_with() -> N
     assert len({anchor("validation", [0.1], 64), anchor("validation", [0.2], 64), anchor("validation", [0.1], 7)}) == 3
 
 
+def test_the_experts_places_count_where_a_method_draws_by_them() -> None:
+    def places(**changes: Any) -> tuple[bool, bool]:
+        recipe = {**VALUES, "anchor": {"method": "ta"}, **changes}
+        given = replace(inputs(), anchor=None)
+        one = keys(Recipe.from_mapping(recipe), given)
+        turned = {**recipe, "experts": recipe["experts"][::-1]}
+        two = keys(Recipe.from_mapping(turned), replace(given, experts=given.experts[::-1]))
+        assert one["grams"] == two["grams"]
+        return one["anchor"] != two["anchor"], one["evaluate"] != two["evaluate"]
+
+    assert places() == (False, False)
+    assert places(anchor={"method": "dare"}) == (True, True)
+    assert places(evaluation={"compare": ["ta", "dare"]}) == (False, True)
+
+
 def test_there_is_no_other_stage() -> None:
     with pytest.raises(ValueError, match="no stage 'bake'"):
         Requests(Recipe.from_mapping(VALUES), inputs()).build("bake", {})

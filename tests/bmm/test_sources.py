@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from bmm.errors import CheckpointError, DataError, OutputError, RecipeError, UserError
+from bmm.evaluation.data import source_files
+from bmm.kinds.settings import SplitSource
 from bmm.recipe import Recipe
 from bmm.sources import check_output, fingerprint_inputs, fingerprint_model
 
@@ -117,6 +119,17 @@ def test_what_lies_outside_of_the_allowed_folders_is_refused(
         os.symlink(outside, pico / "base")
     with pytest.raises(UserError, match="outside of the allowed folders"):
         fingerprint_inputs(Recipe.from_yaml(pico / "recipe.yaml"))
+
+
+def test_rows_outside_of_the_allowed_folders_are_not_opened_to_see_what_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "rows.jsonl"
+    inside.mkdir()
+    outside.write_text("this is no JSON, and not to be quoted")
+    monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(inside))
+    with pytest.raises(UserError, match=r"rows\.jsonl lies outside of the allowed folders"):
+        source_files(SplitSource(path="json", data_files=str(outside)), inside, images="image")
 
 
 def test_a_model_is_found_from_the_folder_given(pico: Path) -> None:

@@ -61,6 +61,16 @@ def test_an_adapter_is_an_expert_and_what_lies_beside_it_is_its_own(pico: Path) 
     assert "an adapter of the base" in (pico / "recipe.yaml").read_text()
 
 
+def test_every_name_is_one_that_a_recipe_takes(images: Path) -> None:
+    for folder, name in (("experts", "mean"), ("experts", "über uns"), ("more", "birds"), ("more", "x" * 80)):
+        (images / folder).mkdir(exist_ok=True)
+        shutil.copytree(images / "experts" / "fish", images / folder / name)
+    found = write_recipe(images)
+    recipe = Recipe.from_yaml(images / "recipe.yaml")
+    assert [expert.name for expert in recipe.experts] == found["experts"]
+    assert set(found["experts"]) == {"birds", "birds-2", "fish", "mean-2", "ber-uns", "x" * 60}
+
+
 def test_a_folder_without_experts_is_refused(images: Path) -> None:
     shutil.rmtree(images / "experts" / "fish")
     with pytest.raises(UserError, match="holds 1 classifiers of texts or images"):

@@ -159,6 +159,11 @@ def test_exit_codes(done: Place, bmm_here: Command, tmp_path: Path) -> None:
     assert (asked.code, asked.document["exit_code"]) == (2, 2)
     assert bmm_here("merge", "--no-such-option").code == 2
     assert bmm_here("eval", tmp_path / "nothing", folder / "recipe.yaml", "--store", store).code == 2
+    assert bmm_here("eval", "x" * 5000, folder / "recipe.yaml", "--store", store).code == 2
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    grams = bmm_here("grams", folder / "recipe.yaml", "--output", tmp_path / "file", "--store", tmp_path / "never")
+    assert grams.code == 2
+    assert not (tmp_path / "never").exists()
     assert bmm_here("report", tmp_path, "--store", store).code == 2
     damaged = sorted((store / "artefacts" / "model").glob("*/config.json"))[0]
     damaged.write_text("{}", encoding="utf-8")

@@ -277,6 +277,13 @@ def test_half_precision_adapters_and_bases_are_added_in_float32(base, train) -> 
     assert found.info("bert.embeddings.LayerNorm.bias").dtype == "BF16"
 
 
+def test_an_adapters_own_image_processor_reads_its_rows(plain) -> None:
+    folder, adapter = plain
+    assert ours(folder, adapter).tokenizer_folder == folder
+    (adapter / "preprocessor_config.json").write_text("{}")
+    assert ours(folder, adapter).tokenizer_folder == adapter
+
+
 def refused(base: Path, adapter: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         ours(base, adapter).names()
@@ -293,6 +300,7 @@ def refused(base: Path, adapter: Path, *words: str) -> None:
         ({"alora_invocation_tokens": [5]}, ("LORA", "'alora_invocation_tokens'")),
         ({"init_lora_weights": "pissa"}, ("LORA", "'init_lora_weights: pissa'")),
         ({"r": "many"}, ("adapter_config.json", "many")),
+        ({"rank_pattern": {"*.query": 2}}, ("adapter_config.json", "nothing to repeat")),
         ({"r": 8}, ("does not fit the base", "(4, 16)")),
         ({"task_type": "SINGING"}, ("SINGING",)),
         ({"task_type": None, "auto_mapping": {"base_model_class": "os"}}, ("'os'",)),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from bmm.checkpoint.reader import Checkpoint, TensorInfo
+from bmm.checkpoint.shards import INDEX
 from bmm.errors import CheckpointError, UserError
 
 
@@ -327,3 +328,15 @@ def test_a_link_out_of_the_allowed_folders_is_refused(
         Checkpoint.open(folder)
     with pytest.raises(UserError, match="lies outside"):
         Checkpoint.open(tmp_path / "none")
+
+
+def test_a_link_to_an_index_out_of_the_allowed_folders_is_not_followed(
+    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save("allowed/m", max_shard_size="1KB")
+    monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(tmp_path / "allowed"))
+    Checkpoint.open(folder)
+    (folder / INDEX).rename(tmp_path / "elsewhere")
+    (folder / INDEX).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=INDEX):
+        Checkpoint.open(folder)

@@ -71,8 +71,9 @@ def test_somebody_elses_folder_is_not_written_over(tmp_path: Path) -> None:
     publish(artefact, tmp_path / "other")
     with pytest.raises(OutputError, match="other holds something else already"):
         publish(made(tmp_path / "store", scale=2.0), tmp_path / "other")
-    with pytest.raises(OutputError, match=r"note\.txt is a file"):
-        publish(artefact, folder / "note.txt")
+    for place in (folder / "note.txt", folder / "note.txt" / "one"):
+        with pytest.raises(OutputError, match=r"note\.txt is a file"):
+            publish(artefact, place)
 
 
 def test_a_folder_outside_of_the_allowed_ones_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

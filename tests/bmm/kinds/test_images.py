@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from images import SHAPE, SIDE, save_processor
 from PIL import Image
 
-from bmm.errors import ArtefactDamagedError, CheckpointError, DataError
+from bmm.errors import ArtefactDamagedError, CheckpointError, DataError, UserError
 from bmm.evaluation.data import Split, check_disjoint, source_files
 from bmm.kinds.image_classification import ImageClassificationKind
 from bmm.kinds.images import ImageReader, ImageRow, digest_pixels
@@ -93,6 +93,23 @@ def test_the_images_that_rows_name_are_files_behind_the_rows(tmp_path: Path) -> 
     named = [tmp_path / "data" / name / "0.png" for name in LABELS]
     assert source_files(source, tmp_path, images="image") == [tmp_path / "rows.jsonl", *named]
     assert source_files(source, tmp_path) == [tmp_path / "rows.jsonl"]
+
+
+def test_an_image_outside_of_the_allowed_folders_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    pixels(0).save(tmp_path / "out.png")
+    rows = [{"image": {"path": str(tmp_path / "out.png"), "bytes": None}, "label": "dark"}]
+    (inside / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": "json", "data_files": "rows.jsonl"}
+    assert source_files(SplitSource(**source), inside, images="image")[1:] == [tmp_path / "out.png"]
+    assert len(load(inside, **source)) == 1
+    datasets.Dataset.from_list([{"image": str(tmp_path / "out.png"), "label": "dark"}]).save_to_disk(inside / "saved")
+    assert source_files(SplitSource(path="saved"), inside, images="image")[-1] == tmp_path / "out.png"
+    monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(inside))
+    for said in (source, {"path": "saved"}):
+        with pytest.raises(UserError, match=r"expert pets, test .*: row 1: .*out\.png lies outside"):
+            load(inside, **said)
 
 
 @settings(deadline=None, max_examples=15)

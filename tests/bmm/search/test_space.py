@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import BMMError, RecipeError
-from bmm.search.space import ModulePlace, Per, Setting, Space, depth_third, group_name, groups_of
+from bmm.search.settings import Per
+from bmm.search.space import ModulePlace, Setting, Space, depth_third, group_name, groups_of
 
 modest = settings(deadline=None, max_examples=25)
 
