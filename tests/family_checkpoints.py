@@ -25,6 +25,20 @@ CLASSES = {
     "label2id": {label: index for index, label in enumerate(LABELS)},
 }
 EXPERTS = ("first", "second")
+_BART = {
+    f"{part}_{what}": size
+    for part in ("encoder", "decoder")
+    for what, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
+}
+
+
+def _bart() -> Any:
+    return transformers.BartConfig(
+        **_BART, d_model=16, vocab_size=40, max_position_embeddings=24, decoder_start_token_id=2, forced_eos_token_id=2
+    )
+
+
+_CONFIGS = {**CONFIGS, "bart": _bart}
 
 
 def save_tokenizer(folder: Path, family: str = "", side: str = "right") -> Any:
@@ -49,7 +63,7 @@ def save_tokenizer(folder: Path, family: str = "", side: str = "right") -> Any:
 
 def config_of(family: str, **changes: Any) -> Any:
     """Return a family's configuration for the tokenizer here."""
-    config = CONFIGS[family]()
+    config = _CONFIGS[family]()
     values = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
     if family.startswith("t5"):
         values["decoder_start_token_id"] = 0
@@ -138,6 +152,22 @@ def build_language_models(folder: Path, config: Any) -> Path:
         save_tokenizer(folder / name, config.model_type)
         write_rows(folder, name, [{"text": text} for text in texts(seed, len(SPLITS) * ROWS)])
     return write_recipe(folder, {"kind": "causal-lm", "max_length": 16})
+
+
+def build_seq2seq(folder: Path, config: Any) -> Path:
+    """Write a base and two encoder-decoders with rows of prompts and answers, and return the recipe."""
+    base = _base(folder, config, transformers.AutoModelForSeq2SeqLM)
+    save_tokenizer(base)
+    for seed, name in enumerate(EXPERTS, 1):
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
+        move(model, seed)
+        model.save_pretrained(folder / name)
+        save_tokenizer(folder / name)
+        said = texts(seed, 2 * len(SPLITS) * ROWS)
+        write_rows(
+            folder, name, [{"prompt": one, "answer": two} for one, two in zip(said[::2], said[1::2], strict=True)]
+        )
+    return write_recipe(folder, {"kind": "seq2seq-lm", "max_length": 16, "max_answer_length": 12})
 
 
 def _base(folder: Path, config: Any, auto_class: Any) -> Path:

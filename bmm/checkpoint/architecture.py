@@ -137,6 +137,15 @@ def _parameters(auto_class: str, config: str) -> list[tuple[str, ...]]:
     return [tuple(names) for names in tied.values()]
 
 
+def _inner(checkpoint: Checkpoint) -> str:
+    """Return the name of a language model's inner model; none where its parts stand in it directly (T5)."""
+    pair = checkpoint.config.get("is_encoder_decoder")
+    auto_class = "AutoModelForSeq2SeqLM" if pair else "AutoModelForCausalLM"
+    kind = Architecture(auto_class, "encoder-decoder" if pair else "language model")
+    own = kind.prefix(checkpoint.config)
+    return own if any(name.startswith(f"{own}.") for name in kind.parameters(checkpoint)) else ""
+
+
 def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """Return canonical name -> stored name of the encoder's tensors.
 
@@ -151,7 +160,9 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """
     names = checkpoint.names()
     if not prefix:
-        own = Architecture("AutoModelForCausalLM", "language model").prefix(checkpoint.config)
+        own = _inner(checkpoint)
+        if not own:
+            return {name: name for name in names}
         inner = encoder_names(checkpoint, own)
         rest = set(names) - set(inner.values())
         return {f"{own}.{name}": stored for name, stored in inner.items()} | {name: name for name in rest}

@@ -183,7 +183,7 @@ class TaskModel:
 
         That is every token one place later, so that a decoder's row is padding where the encoder's is.
         """
-        if not self._shifts:
+        if not self._shifts or "decoder_input_ids" in batch:
             return batch
         return {**batch, "decoder_input_ids": self.module._shift_right(batch["input_ids"])}
 

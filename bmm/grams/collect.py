@@ -14,7 +14,7 @@ import torch
 
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
-from bmm.modules.watch import Observer, Product, Site, Watch
+from bmm.modules.watch import Observer, Product, Site, Watch, masks_of
 
 
 @dataclass
@@ -37,7 +37,8 @@ def collect(
 
     Args:
         encoder: the expert's encoder, weights loaded, in evaluation mode.
-        batches: inputs of its forward pass; `attention_mask` `(rows, tokens)` marks what is not padding.
+        batches: inputs of its forward pass; `attention_mask` `(rows, tokens)`, and a decoder's,
+            mark what is not padding.
         maps: one map of each input group that is wanted.
 
     Raises:
@@ -46,7 +47,7 @@ def collect(
     found = _Collection(maps)
     with torch.inference_mode(), Watch(encoder, found) as watch:
         for batch in batches:
-            watch.set_mask(batch.get("attention_mask"))
+            watch.set_masks(masks_of(batch))
             encoder(**batch)
     for map_ in maps:
         name = map_.input_group

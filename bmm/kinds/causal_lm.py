@@ -83,7 +83,7 @@ def _exact_match(answers: ArrayLike, _: Sequence[str]) -> Statistics:
     return share(np.asarray(answers, dtype=np.float64)[:, 0])
 
 
-_METRICS = {
+LANGUAGE_METRICS = {
     "likelihood": Metric("likelihood", _log_likelihood, _likelihood, {"nll": _nll}),
     "exact-match": Metric("exact-match", _exact_match, share_score),
 }
@@ -94,7 +94,7 @@ class CausalLMKind(Kind):
 
     name = "causal-lm"
     architecture = Architecture("AutoModelForCausalLM", "language model", whole=True)
-    metrics = _METRICS
+    metrics = LANGUAGE_METRICS
     classes = False
 
     @override

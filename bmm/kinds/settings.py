@@ -151,6 +151,20 @@ class CausalLM(_Task):
         return self
 
 
+class Seq2SeqLM(_Task):
+    """A text and the answer to it a row, for an encoder-decoder; the whole model is merged."""
+
+    kind: Literal["seq2seq-lm"]
+    prompt: str = Field(default="prompt", description="the column of texts that the encoder reads")
+    answer: str = Field(default="answer", description="the column of texts that the decoder is to write")
+    max_length: int = Field(default=512, ge=4, description="tokens of a prompt, longer ones are cut")
+    max_answer_length: int = Field(default=128, ge=2, description="tokens of an answer, longer ones are cut")
+    metric: Literal["likelihood", "exact-match"] = Field(
+        default="likelihood", description="exp(-NLL) of an answer's token; or the share answered word for word"
+    )
+    max_new_tokens: int = Field(default=32, ge=1, description="of an answer, for exact-match")
+
+
 def _with_kind(value: Any) -> Any:
     return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
 
@@ -162,7 +176,8 @@ Task = Annotated[
         | TokenClassification
         | ImageClassification
         | ZeroShotImageClassification
-        | CausalLM,
+        | CausalLM
+        | Seq2SeqLM,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_with_kind),
@@ -174,6 +189,7 @@ HEADS = {
     "image-classification": "ForImageClassification",
     "token-classification": "ForTokenClassification",
     "causal-lm": "ForCausalLM",
+    "seq2seq-lm": "ForConditionalGeneration",
 }
 
 
@@ -207,5 +223,5 @@ def reading(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def asking(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a task (as JSON) that decide what its model answers, once it has read a row."""
-    asked = _ASKED | {"metric"} if task["kind"] == "causal-lm" else _ASKED
+    asked = _ASKED | {"metric"} if task["kind"] in ("causal-lm", "seq2seq-lm") else _ASKED
     return {name: value for name, value in task.items() if name in asked}

@@ -12,6 +12,7 @@ was added to a stream. What to make of it is the caller's (`bmm.modules.linear`,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,11 @@ _PRODUCTS = {
 """Operator -> places of rows, weight and bias among its arguments, and whether the weight is given as `(in, out)`."""
 _CONVOLUTIONS = frozenset({_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default})
 _ADDITIONS = frozenset({_aten.add.Tensor, _aten.add_.Tensor})
+
+
+def masks_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return the padding masks of a forward pass's inputs; those of different texts have different lengths."""
+    return tuple(batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch)
 
 
 class Reached(Exception):  # noqa: N818 - not an error: the pass has shown what was wanted
@@ -108,10 +114,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         encoder: the module whose parameters are recognised, by canonical name.
         observer: who is told.
-        mask: `(examples, tokens)`, true where a token is not padding; None without padding.
+        masks: `(examples, tokens)` each, true where a token is not padding: one for each length of rows (`masks_of`).
     """
 
-    def __init__(self, encoder: nn.Module, observer: Observer, mask: Tensor | None = None) -> None:
+    def __init__(self, encoder: nn.Module, observer: Observer, masks: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._encoder = encoder
         self._observer = observer
@@ -125,11 +131,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf, _ in module.named_parameters()
         }
         self._settings = ExitStack()
-        self.set_mask(mask)
+        self.set_masks(masks)
 
-    def set_mask(self, mask: Tensor | None) -> None:
-        """Begin another forward pass, with its padding mask."""
-        self._mask = None if mask is None or bool(mask.all()) else mask.bool()
+    def set_masks(self, masks: Sequence[Tensor]) -> None:
+        """Begin another forward pass, with its padding masks."""
+        self._masks = [(mask.bool(), bool(mask.all())) for mask in masks]
         self._clock = 0
         # By memory: when it was given to a tensor, when it was last written to in place, and whose answer it holds.
         self._made: dict[int, int] = {}
@@ -254,21 +260,24 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _keep(self, tensor: Tensor, site: Site) -> Tensor | None:
         """Return the indices of the rows that are not padding, or None for all."""
-        if self._mask is None:
-            return None
-        mask = self._mask
+        for mask, full in self._masks:
+            places = self._places(tensor, site, mask)
+            if places is not None:
+                return None if full else places.nonzero()[:, 0]
+        return None
+
+    def _places(self, tensor: Tensor, site: Site, mask: Tensor) -> Tensor | None:
+        """Return for each row of a tensor whether it is one of the mask's tokens, or None where they do not fit."""
         token_first = site.weight in self._token_first
         if tensor.ndim == 3:
             if tensor.shape[:2] == mask.shape and not token_first:
-                return mask.reshape(-1).nonzero()[:, 0]
-            if tensor.shape[:2] == mask.T.shape:
-                return mask.T.reshape(-1).nonzero()[:, 0]
-            return None
+                return mask.reshape(-1)
+            return mask.T.reshape(-1) if tensor.shape[:2] == mask.T.shape else None
         count = tensor.shape[0]
         if site.index is not None and self._routed is not None and len(self._routed) == count:
-            return mask.reshape(-1)[self._routed].nonzero()[:, 0]
+            return mask.reshape(-1)[self._routed]
         if tensor.ndim == 2 and count == mask.numel():
-            return (mask.T if token_first else mask).reshape(-1).nonzero()[:, 0]
+            return (mask.T if token_first else mask).reshape(-1)
         return None
 
     def _after(self, product: Product, output: Tensor) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
-from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch
+from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch, masks_of
 from bmm.regression.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.regression.moments import Moments, TaskSums
 from bmm.regression.residence import Give, Resident
@@ -266,7 +266,7 @@ class Walk:
 
     def _run(self, observer: Observer, encoder: nn.Module, unit: Unit, step: _Step, hidden: Tensor) -> Tensor | None:
         """Run one unit under a watch; None if the pass was ended early or the unit is no layer of a chain."""
-        watch = Watch(encoder, observer, step.mask)
+        watch = Watch(encoder, observer, step.masks)
         try:
             with torch.inference_mode():
                 if (layer := self._layer(unit)) is not None:
@@ -288,7 +288,7 @@ class _Step:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.mask = batch.get("attention_mask")
+        self.masks = masks_of(batch)
         self.expert_calls: dict[str, Call] = {}
         self.merged_calls: dict[str, Call] = {}
         self.expert = self.merged = torch.empty(0)

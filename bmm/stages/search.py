@@ -227,7 +227,7 @@ def check_coverage(setup: Setup, minimum: float) -> None:
     matrices = {
         parameter.name: math.prod(parameter.shape)
         for parameter in setup.layout.shared
-        if len(parameter.shape) >= 2 and parameter.name not in setup.embeddings
+        if sum(size > 1 for size in parameter.shape) >= 2 and parameter.name not in setup.embeddings
     }
     reached = sum(size for name, size in matrices.items() if name in regressed)
     total = sum(matrices.values())

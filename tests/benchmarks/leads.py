@@ -183,7 +183,8 @@ class LeadWalk(Walk):
                 with torch.inference_mode():
                     step.merged_calls[layer].through(self._merged.get_submodule(layer), step.merged)
                     step.expert_calls[layer].through(self._expert.get_submodule(layer), step.expert)
-                sums.add(_unpadded(seen["x"], step.mask), _unpadded(seen["y"], step.mask))
+                mask = step.batch.get("attention_mask")
+                sums.add(_unpadded(seen["x"], mask), _unpadded(seen["y"], mask))
         for handle in handles:
             handle.remove()
         gain, shift = sums.fit(self._prior(f"{name}.weight"), self._prior(f"{name}.bias"), strength)

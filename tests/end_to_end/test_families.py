@@ -19,6 +19,7 @@ from family_checkpoints import (
     answers,
     build_classifiers,
     build_language_models,
+    build_seq2seq,
     config_of,
     move,
 )
@@ -63,7 +64,8 @@ def check_coverage(
 ) -> None:
     """Hold what the coverage says of each parameter against the models themselves."""
     models = [dict(model.named_parameters()) for model in (base, *experts, merged)]
-    coverage = {entry["parameter"]: entry for entry in document["coverage"]}
+    buffers = dict(merged.named_buffers())
+    coverage = {entry["parameter"]: entry for entry in document["coverage"] if entry["parameter"] not in buffers}
     alone = models[-1].keys() - coverage.keys()
     assert all(name not in model for model in models[1:-1] for name in alone), f"{alone} are left at the base"
     assert bool(alone) is any("there the merged model is the base" in note for note in document["notes"])
@@ -129,6 +131,15 @@ def test_language_models_merge_whole(tmp_path: Path, family: str, tied: bool) ->
     assert ("lm_head.weight" in dict(merged.named_parameters())) is not tied
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
     check_coverage(document, base, experts, merged, "propagated")
+
+
+@pytest.mark.parametrize(("family", "mode"), [("t5", "propagated"), ("bart", "propagated"), ("bart", "module-wise")])
+def test_encoder_decoders_merge_whole(tmp_path: Path, family: str, mode: str) -> None:
+    path = build_seq2seq(tmp_path, config_of(family))
+    auto_class = transformers.AutoModelForSeq2SeqLM
+    base, *experts = (loaded(auto_class, tmp_path / name) for name in ("base", *EXPERTS))
+    output, document = merge(path, regression={"mode": mode})
+    check_coverage(document, base, experts, loaded(auto_class, output), mode)
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2"])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from pydantic import TypeAdapter
 from transformers import BertConfig, ViTConfig
 
@@ -15,7 +16,9 @@ SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "in
 
 def test_each_kind_is_known_by_the_class_of_its_models() -> None:
     for name, ending in HEADS.items():
-        assert kind_of(name).architecture.auto_class == f"AutoModel{ending}"
+        classes = getattr(transformers, kind_of(name).architecture.auto_class)._model_mapping.values()
+        named = [(one[0] if isinstance(one, tuple) else one).__name__ for one in classes]
+        assert sum(name.endswith(ending) for name in named) > 0.8 * len(named), name
     assert HEADS.keys() <= _KINDS.keys()
 
 
