@@ -36,7 +36,7 @@ from bmm.errors import BMMError, UserError
 from bmm.zoo.zoos import ZOOS
 
 RESULTS = Path(__file__).parent / "results"
-COUNTS = (16, 32, 64, 128, 256, 512, 1024)
+COUNTS = (16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
