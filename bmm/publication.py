@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.folder import replacing
 from bmm.digest import digest_file
 from bmm.disk import explained
@@ -58,7 +59,13 @@ def read_document(output: Path) -> dict[str, Any]:
 
 
 def rewrite_report(output: Path, document: Mapping[str, Any]) -> None:
-    """Write report and card of an output folder anew from its document."""
+    """Write report and card of an output folder anew from its document.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        UserError: it lies outside of `BMM_ALLOWED_FOLDERS`.
+    """
+    check_allowed(output, "the output folder")
     with explained(output):
         for name, text in _told(document).items():
             _replace_file(output / name, text)

@@ -12,9 +12,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError, DataError, OutputError, UserError
-from bmm.kinds.settings import SplitSource
+from bmm.kinds.settings import HEADS, SplitSource
 from bmm.recipe_text import ExpertEntry, ImageKeys, TextKeys, recipe_text
 
 _FILE = "recipe.yaml"
@@ -31,16 +32,20 @@ _LONGEST = 128
 # With room for a number behind it.
 _LONGEST_NAME = 60
 _ADAPTER = "adapter_config.json"
-_KINDS = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
-"""How an architecture's name ends, and the kind of task that its checkpoints are for."""
+# Of these kinds of expert the columns of their rows can be guessed.
+_KINDS = {HEADS[kind]: kind for kind in ("text-classification", "image-classification")}
+# A language model may be a base as well as an expert.
+_OTHER_EXPERTS = tuple(ending for kind, ending in HEADS.items() if ending not in _KINDS and kind != "causal-lm")
 
 
 def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
     """Write `recipe.yaml` into a folder of checkpoints and return what was found and what is left to complete.
 
     Raises:
-        UserError: the folder is missing, holds fewer than two classifiers, or holds a recipe already.
+        UserError: the folder is missing, lies outside of `BMM_ALLOWED_FOLDERS`, holds fewer than two classifiers, or
+            holds a recipe already.
     """
+    check_allowed(folder, "the folder of experts")
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the folder that holds your experts")
     target = folder / _FILE
@@ -87,9 +92,9 @@ def _checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         except CheckpointError:
             continue
         kind = next((kind for end, kind in _KINDS.items() if architectures[0].endswith(end)), None)
-        if kind is None or config.parent.name == "base":
+        if config.parent.name == "base" or not (kind or architectures[0].endswith(_OTHER_EXPERTS)):
             bases.append(config.parent)
-        else:
+        elif kind:
             experts[config.parent] = kind
     for config in sorted([*folder.glob(f"*/{_ADAPTER}"), *folder.glob(f"*/*/{_ADAPTER}")]):
         experts[config.parent] = "text-classification"

@@ -139,7 +139,13 @@ def _text_side(base: Checkpoint) -> Any:
         )
     clip = build_module(base.config, _CLIP, "the base")
     stored = {name: base.tensor(name) for name in base.names() if not name.startswith("vision_model.")}
-    missing, _ = clip.load_state_dict(stored, strict=False)
+    try:
+        missing, _ = clip.load_state_dict(stored, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the base {base.path} has tensors of other shapes than its config.json describes "
+            f"({' '.join(str(error).split())[:300]}); save or download it again"
+        ) from None
     if lost := sorted(name for name in missing if not name.startswith("vision_model.")):
         raise CheckpointError(f"the base {base.path} lacks the tensor {lost[0]} of a CLIP model; name a whole one")
     return clip

@@ -151,9 +151,9 @@ def _config(setup: Setup, config: dict[str, Any], architecture: str, dtype: str)
 
 
 def _head_config(config: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Return the expert's configuration, with the class names by which it was measured."""
+    """Return the expert's configuration, with the class names by which it was measured, without where it came from."""
     named = {"id2label": {str(index): name for index, name in enumerate(labels)}} if labels else {}
-    return {**config, **named}
+    return {**{name: value for name, value in config.items() if not name.startswith("_")}, **named}
 
 
 def _copy_support(base: Checkpoint, fallback: Model, folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from bmm.errors import UserError
+from bmm.publication import rewrite_report
 from bmm.recipe import Recipe
 from bmm.starter import write_recipe
 
@@ -69,6 +70,27 @@ def test_every_name_is_one_that_a_recipe_takes(images: Path) -> None:
     recipe = Recipe.from_yaml(images / "recipe.yaml")
     assert [expert.name for expert in recipe.experts] == found["experts"]
     assert set(found["experts"]) == {"birds", "birds-2", "fish", "mean-2", "ber-uns", "x" * 60}
+
+
+def test_an_expert_of_another_kind_is_no_base(images: Path) -> None:
+    (images / "base").rename(images / "start")
+    config = json.loads((images / "start" / "config.json").read_text())
+    for name in ("alone", "words"):
+        shutil.copytree(images / "start", images / name)
+        (images / name / "config.json").write_text(
+            json.dumps({**config, "architectures": ["BertForTokenClassification"]})
+        )
+    assert write_recipe(images)["base"] == "./start"
+
+
+def test_a_folder_outside_of_the_allowed_ones_is_left_alone(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(images / "experts"))
+    with pytest.raises(UserError, match=r"the folder of experts: .* lies outside of the allowed folders"):
+        write_recipe(images)
+    (images / "merge.json").write_text('{"schema": 1}')
+    with pytest.raises(UserError, match=r"the output folder: .* lies outside of the allowed folders"):
+        rewrite_report(images, {})
+    assert not (images / "report.html").exists()
 
 
 def test_a_folder_without_experts_is_refused(images: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from bmm.pipeline import STAGES
+from flows.cli import _run
 
 Command = Callable[..., Any]
 Finished = tuple[Path, Path, Any]
@@ -170,6 +172,16 @@ def test_exit_codes(done: Place, bmm_here: Command, tmp_path: Path) -> None:
     said = bmm_here("store", "verify", "--store", store, "--json")
     assert said.code == 1
     assert [entry["kind"] for entry in said.document["damaged"]] == ["model"]
+
+
+def test_numbers_that_are_not_finite_are_a_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> dict[str, Any]:
+        raise FloatingPointError("the logits of news are not finite")
+
+    with pytest.raises(typer.Exit) as ended:
+        _run(work, as_json=True, show=lambda _: None)
+    assert ended.value.exit_code == 1
+    assert json.loads(capsys.readouterr().out) == {"error": "the logits of news are not finite", "exit_code": 1}
 
 
 def test_plan_grams_and_merge_follow_each_other(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 import bmm.evaluation.metrics as metrics
-from bmm.errors import BMMError
+from bmm.errors import BMMError, DataError
 from bmm.evaluation.metrics import (
     Bootstrap,
     Interval,
@@ -58,11 +58,11 @@ def test_the_two_shares_differ() -> None:
 
 def test_experts_of_accuracy_zero() -> None:
     assert share_of_experts({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}) == 1.0
-    with pytest.raises(BMMError, match="the expert of a has the score 0"):
+    with pytest.raises(DataError, match="the expert of a has the score 0"):
         mean_ratio_to_expert({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0})
-    with pytest.raises(BMMError, match="the experts' mean score is not above 0"):
+    with pytest.raises(DataError, match="the experts' mean score is not above 0"):
         share_of_experts({"a": 0.5}, {"a": 0.0})
-    with pytest.raises(BMMError, match="the experts' mean score is not above 0"):
+    with pytest.raises(DataError, match="the experts' mean score is not above 0"):
         summarise({"a": {**dict.fromkeys(MODELS, made(2, 4)), "expert": made(0, 4)}}, **SETTINGS)
 
 

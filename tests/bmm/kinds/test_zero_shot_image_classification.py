@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ def test_the_information_of_an_expert_is_that_of_its_classes(clip: Path, tmp_pat
     assert digests[0] != digests[1]
 
 
-def test_mistakes_are_one_sentence(clip: Path) -> None:
+def test_mistakes_are_one_sentence(clip: Path, tmp_path: Path) -> None:
     with (
         Checkpoint.open(clip / "experts" / "task1") as tower,
         pytest.raises(CheckpointError, match="a whole CLIP model"),
@@ -119,6 +121,15 @@ def test_mistakes_are_one_sentence(clip: Path) -> None:
         KIND.make_head(tower, task_of(), "pets")
     with Checkpoint.open(clip / "base") as base, pytest.raises(DataError, match="longer than the 12 tokens"):
         KIND.make_head(base, task_of(templates=["a photo " * 8 + "{}"]), "pets")
+    wide = tmp_path / "wide"
+    shutil.copytree(clip / "base", wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "projection_dim": config["projection_dim"] * 2}))
+    with (
+        Checkpoint.open(wide) as base,
+        pytest.raises(CheckpointError, match=r"wide has tensors of other shapes .*text_proj"),
+    ):
+        KIND.make_head(base, task_of(), "pets")
     recipe = bmm.Recipe.from_yaml(clip / "recipe.yaml").document()
     recipe["experts"][0]["task"]["templates"] = ["a photo"]
     with pytest.raises(RecipeError, match=r"'experts\.0\.task\.templates': the template 'a photo' has no {}"):

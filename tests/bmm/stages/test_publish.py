@@ -10,7 +10,7 @@ from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.sources import fingerprint_model
-from bmm.stages.publish import _write_weights
+from bmm.stages.publish import _head_config, _write_weights
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
 from bmm.store import Draft, Store
@@ -47,3 +47,8 @@ def test_the_output_stores_a_tied_parameter_under_the_names_that_the_base_stores
     (output / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
     model = AutoModel.from_pretrained(output)
     assert torch.equal(model.decoder.embed_tokens.weight, merged["shared.weight"])
+
+
+def test_a_heads_configuration_says_nothing_of_the_machine_that_trained_it() -> None:
+    config = {"hidden_size": 8, "_name_or_path": "/home/somebody/run-7", "id2label": {"0": "LABEL_0"}}
+    assert _head_config(config, ["no"]) == {"hidden_size": 8, "id2label": {"0": "no"}}
