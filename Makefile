@@ -14,9 +14,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 install: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml
-	@echo "installing into $(VENV): a few minutes and 2.4 GB the first time"
+	@echo "installing into $(VENV): a few minutes and 2.5 GB the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,peers]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,peers,lm-eval]'
 	touch $@
 
 demo: $(STAMP)

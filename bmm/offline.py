@@ -18,12 +18,11 @@ from bmm.anchors.settings import CheckpointAnchorSettings
 from bmm.checkpoint.resolve import scheme_of
 from bmm.errors import CheckpointError, DataError
 from bmm.estimate import StagePlan, estimate_stages, worker_shortage
-from bmm.evaluation.data import source_files
 from bmm.hub import hub_id
 from bmm.kinds.settings import DEFAULT_KIND, SplitSource
 from bmm.outline import outline_of_config, read_config
 from bmm.recipe import Recipe
-from bmm.sources import check_output
+from bmm.sources import check_output, split_files
 
 _SHOWN = 3
 _SLICE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -141,7 +140,7 @@ def _data_on_hub(recipe: Recipe) -> Iterator[tuple[str, SplitSource]]:
         for split, source in expert.splits().items():
             where = f"the expert {expert.name}, {split}"
             found = hub_id(source.path)
-            if source_files(source, recipe.folder, where=where) or found is None:
+            if split_files(expert, split, source, recipe.folder) or found is None:
                 continue
             if found.mistake:
                 raise DataError(f"{where}: the data set '{source.path}' {found.mistake}; correct `path`")

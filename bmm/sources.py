@@ -24,7 +24,8 @@ from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
 from bmm.grams.published import PublishedGrams, find
 from bmm.grams.settings import ArtifactGrams
-from bmm.kinds.settings import DEFAULT_KIND, PROCESSOR, SPLITS, task_of
+from bmm.kinds.lm_eval_file import TaskFile, require_package
+from bmm.kinds.settings import DEFAULT_KIND, PROCESSOR, SPLITS, LmEval, SplitSource, task_of
 from bmm.recipe import ExpertSource, Recipe
 
 
@@ -142,7 +143,7 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
     data: dict[str, Any] = {}
     images: str | None = getattr(expert.task, "image", None)
     for split, source in expert.splits().items():
-        files = source_files(source, recipe.folder, where=f"the expert {expert.name}, {split}", images=images)
+        files = split_files(expert, split, source, recipe.folder, images)
         for path in files:
             check_allowed(path, f"the {split} data of the expert {expert.name}")
         request = source.model_dump(mode="json", exclude={"data_files", "path"} if files else set())
@@ -152,10 +153,33 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
             # The folder's name is the label.
             data[split]["names"] = [f"{path.parent.name}/{path.name}" for path in files]
     task = expert.task.model_dump(mode="json", exclude=SPLITS) if expert.task else _task_without_rows(expert, model)
+    if isinstance(expert.task, LmEval):
+        # What the file says decides the results, not where it lies.
+        del task["file"]
+        task |= TaskFile.read(recipe.resolve(expert.task.file)).asked(expert.task)
     if images is not None and not (Path(model.path) / PROCESSOR).is_file() and (Path(base.path) / PROCESSOR).is_file():
         # Its images are read as the base's are; what the file says decides the results, not where it lies.
         task["processor"] = read_json_object(Path(base.path) / PROCESSOR)
     return Expert(expert.name, model, task, data)
+
+
+def split_files(
+    expert: ExpertSource, split: str, source: SplitSource, folder: Path, images: str | None = None
+) -> list[Path]:
+    """Return the local files behind one split of an expert's task; none for a data set on a hub.
+
+    `images` is a column that may hold paths of images, which are behind the split too.
+
+    Raises:
+        UserError: a file does not exist, or cannot be used; a package that reads it is not installed.
+    """
+    where = f"the expert {expert.name}, {split}"
+    if isinstance(expert.task, LmEval):
+        require_package()
+        return TaskFile.read((folder / Path(source.path).expanduser()).resolve()).files(
+            source.split, expert.task, where
+        )
+    return source_files(source, folder, where=where, images=images)
 
 
 def _task_without_rows(expert: ExpertSource, model: Model) -> dict[str, Any]:

@@ -132,6 +132,36 @@ def read_columns(source: SplitSource, wanted: Mapping[str, str | None], folder: 
     return Columns(spot, tuple(index + 1 for index in chosen), values, features, names)
 
 
+def read_documents(source: SplitSource, folder: Path, where: str) -> tuple[str, tuple[int, ...], list[dict[str, Any]]]:
+    """Read the rows of one split whole, with every column that the file has.
+
+    Args:
+        source: what to read; `rows` and `skip` as for `read_columns`.
+        folder: what relative paths are taken from.
+        where: expert and split; begins every message.
+
+    Returns:
+        what begins messages; (rows,) each row's number in its file, from 1; and the rows, JSON values by column.
+
+    Raises:
+        DataError: missing files, an unreadable or empty split, too few rows, or a value that JSON does not have.
+    """
+    spot = f"{where} ({shown(source)})"
+    with opened(source, folder, spot) as table:
+        if len(table) == 0:
+            raise DataError(f"{spot}: the split has no rows; name a file or split that has some")
+        chosen = _sample(len(table), source, spot)
+        rows = [dict(row) for row in table.select(chosen)]
+    for index, row in zip(chosen, rows, strict=True):
+        try:
+            json.dumps(row)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{spot}: row {index + 1} has a value that is none of JSON: {error}; write it as text"
+            ) from None
+    return spot, tuple(index + 1 for index in chosen), rows
+
+
 def source_files(source: SplitSource, folder: Path, where: str = "the recipe", images: str | None = None) -> list[Path]:
     """Return the local files behind a source, absolute and in a fixed order; none for a data set on a hub.
 

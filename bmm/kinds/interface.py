@@ -16,7 +16,7 @@ import torch
 from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
-from bmm.evaluation.data import Row, Split
+from bmm.evaluation.data import Row, Split, check_disjoint
 from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.scores import Metric
 from bmm.kinds.settings import SplitSource
@@ -78,6 +78,14 @@ class Kind(ABC):
     @abstractmethod
     def row(self, value: dict[str, Any]) -> Row:
         """Make a row of what its `document` returned."""
+
+    def check_splits(self, where: str, splits: Mapping[str, Split]) -> None:
+        """Refuse splits of one task that are not apart; `where` begins the message.
+
+        Raises:
+            DataError: two of them share a row.
+        """
+        check_disjoint(where, splits)
 
     def write_split(self, split: Split, folder: Path, name: str) -> None:
         """Write a split's rows into a folder, under a name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bmm.kinds.causal_lm import CausalLMKind
 from bmm.kinds.image_classification import ImageClassificationKind
 from bmm.kinds.interface import Kind
+from bmm.kinds.lm_eval import LmEvalKind
 from bmm.kinds.seq2seq_lm import Seq2SeqLMKind
 from bmm.kinds.text_classification import TextClassificationKind
 from bmm.kinds.text_regression import TextRegressionKind
@@ -21,6 +22,7 @@ _KINDS: dict[str, Kind] = {
         ZeroShotImageClassificationKind(),
         CausalLMKind(),
         Seq2SeqLMKind(),
+        LmEvalKind(),
     )
 }
 

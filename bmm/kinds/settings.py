@@ -165,6 +165,59 @@ class Seq2SeqLM(_Task):
     max_new_tokens: int = Field(default=32, ge=1, description="of an answer, for exact-match")
 
 
+class LmEvalSplit(Part):
+    """Rows of one of the splits that the task's file names, and how many of them to take."""
+
+    split: str | None = Field(
+        default=None, min_length=1, description="a split of the file's data_files; by default train, validation, test"
+    )
+    rows: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    skip: int = Field(default=0, ge=0, description="rows of the seed's order to leave out before the sample")
+
+
+class LmEval(Part):
+    """A task of lm-evaluation-harness in a local file, and splits of its data; the whole language model is merged."""
+
+    kind: Literal["lm-eval"]
+    file: str = Field(min_length=1, description="the task's YAML file; its data files' paths are relative to it")
+    metric: (
+        Literal[
+            "acc",
+            "acc_norm",
+            "acc_bytes",
+            "acc_mutual_info",
+            "exact_match",
+            "perplexity",
+            "word_perplexity",
+            "byte_perplexity",
+        ]
+        | None
+    ) = Field(default=None, description="one of the file's metric_list, without it the first of these in the list")
+    filter: str | None = Field(default=None, description="one of the file's filter_list, without it the first")
+    num_fewshot: int | None = Field(default=None, ge=0, description="examples before a prompt, instead of the file's")
+    fewshot_seed: int = Field(default=1234, ge=0, description="of the draw of examples; 1234 is the harness's own")
+    max_length: int = Field(
+        default=2048, ge=4, description="tokens a row, or as many as the model reads; longer ones lose their beginning"
+    )
+
+    calibration: LmEvalSplit | None = Field(default=None, description="rows that show what the expert reads")
+    validation: LmEvalSplit | None = Field(default=None, description="rows that the search is steered by")
+    test: LmEvalSplit | None = Field(default=None, description="rows that are looked at once, at the end")
+
+    def splits(self) -> dict[str, SplitSource]:
+        """Return the splits that there are, by name, in a fixed order; their `path` is the task's file."""
+        named = {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+        own = {"calibration": "train", "validation": "validation", "test": "test"}
+        return {
+            name: SplitSource(
+                path=self.file, split=part.split or own[name], rows=part.rows, seed=part.seed, skip=part.skip
+            )
+            for name, part in named.items()
+            if part is not None
+        }
+
+
 def _with_kind(value: Any) -> Any:
     return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
 
@@ -177,7 +230,8 @@ Task = Annotated[
         | ImageClassification
         | ZeroShotImageClassification
         | CausalLM
-        | Seq2SeqLM,
+        | Seq2SeqLM
+        | LmEval,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_with_kind),
@@ -207,9 +261,11 @@ def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
-_NOT_READ = frozenset({"text", "text_pair", "label", "image", "prompt", "answer", "words", "metric"})
+_NOT_READ = frozenset(
+    {"text", "text_pair", "label", "image", "prompt", "answer", "words", "metric", "num_fewshot", "fewshot_seed"}
+)
 # What is asked of a model beyond reading rows.
-_ASKED = frozenset({"classes", "templates", "max_new_tokens", "stop"})
+_ASKED = frozenset({"classes", "templates", "max_new_tokens", "stop", "definition", "filter"})
 
 
 def reading(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,5 +279,5 @@ def reading(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def asking(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a task (as JSON) that decide what its model answers, once it has read a row."""
-    asked = _ASKED | {"metric"} if task["kind"] in ("causal-lm", "seq2seq-lm") else _ASKED
+    asked = _ASKED | {"metric"} if task["kind"] in ("causal-lm", "seq2seq-lm", "lm-eval") else _ASKED
     return {name: value for name, value in task.items() if name in asked}

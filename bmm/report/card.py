@@ -36,7 +36,7 @@ def model_card(document: Document) -> str:
         "own_tokens": any(expert.get("own_tokens") for expert in document.get("experts") or []),
         "own_tokenizer": any(expert.get("own_tokenizer") for expert in document.get("experts") or []),
         # How to load a model of one kind, shown for the first expert.
-        "kind": str(experts[0]["task"] or DEFAULT_KIND) if experts else DEFAULT_KIND,
+        "kind": _loaded_as(str(experts[0]["task"] or DEFAULT_KIND)) if experts else DEFAULT_KIND,
         "rows": task_rows(document, "test"),
         "shares": {role: findings.share(document, role) for role in ("base", "anchor", "merged")},
         "confidence": findings.confidence(document),
@@ -54,6 +54,11 @@ def model_card(document: Document) -> str:
     return made.get_template("card.md.j2").render(view)
 
 
+def _loaded_as(kind: str) -> str:
+    """Return the kind whose models are loaded as those of this kind are."""
+    return "causal-lm" if kind == "lm-eval" else kind
+
+
 def front_matter(document: Document) -> str:
     """Return the card's YAML front matter, without its dashes.
 
@@ -69,7 +74,8 @@ def front_matter(document: Document) -> str:
         values["base_model_relation"] = "merge"
     kinds = sorted({str(expert["task"]) for expert in document.get("experts") or [] if expert.get("task")})
     if len(kinds) == 1:
-        values["pipeline_tag"] = kinds[0]
+        # As the hub calls it.
+        values["pipeline_tag"] = "text-generation" if _loaded_as(kinds[0]) == "causal-lm" else kinds[0]
     values["library_name"] = "transformers"
     values["tags"] = list(TAGS)
     values["metrics"] = sorted({str(entry.get("metric", "accuracy")) for entry in findings.tasks(document).values()})

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from bmm.checkpoint.layout import compare
 from bmm.checkpoint.reader import Checkpoint
-from bmm.evaluation.data import check_disjoint
 from bmm.evaluation.model import TaskModel
 from bmm.kinds.interface import Kind
 from bmm.kinds.registry import kind_of
@@ -80,7 +79,7 @@ def _expert_artefact(
             )
             for name, split in task.splits().items()
         }
-        check_disjoint(f"the expert {expert.name}", splits)
+        kind.check_splits(f"the expert {expert.name}", splits)
         for name, split in splits.items():
             kind.write_split(split, draft.path, name)
         head = kind.make_head(base, task, f"the expert {expert.name}")
