@@ -6,13 +6,13 @@ float32. The arithmetic is `bmm.checkpoint.lora`; here is which stored tensors b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bmm.checkpoint.adapter_tensors import ADAPTER_WEIGHTS, sorted_out
 from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.lora import ADAPTER_CONFIG, LoraSettings, Orientation, adapted
@@ -26,14 +26,6 @@ from bmm.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_PART = re.compile(
-    r"(?P<module>.+)\.(?:(?P<down>lora_A\.weight|lora_embedding_A)|(?P<up>lora_B\.weight|lora_embedding_B)"
-    r"|(?P<bias>lora_B\.bias)|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)"
-    r"|(?P<tokens>token_adapter\.trainable_tokens_delta))"
-)
-_WRAPPED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(?=\.)")
 # One of these shows that a folder has what reads its rows.
 _READERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "preprocessor_config.json")
 
@@ -55,14 +47,6 @@ class _Weight:
     rows: tuple[StoredTensor, tuple[int, ...]] | None = None
 
 
-@dataclass
-class _Contents:
-    """An adapter file's tensors: by module and part, or under the name of the tensor that they replace."""
-
-    parts: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
-    whole: dict[str, StoredTensor] = field(default_factory=dict)
-
-
 class AdapterCheckpoint(Checkpoint):
     """The model that a PEFT adapter makes of a base; reads like any other checkpoint.
 
@@ -78,7 +62,7 @@ class AdapterCheckpoint(Checkpoint):
         self.weight_files = (path / ADAPTER_WEIGHTS, *base.weight_files)
         self.support_files = find_support(path)
         self._settings = settings
-        self._contents = _sorted_out(path, stored)
+        self._contents = sorted_out(path, stored)
         self._handles = {}
         self._last = None
 
@@ -319,28 +303,6 @@ class AdapterCheckpoint(Checkpoint):
 def adapter_digest(own: str, base: str) -> str:
     """Return the digest of an adapter over a base, from the digests of both."""
     return digest_json({"adapter": own, "base": base})
-
-
-def _sorted_out(path: Path, stored: list[StoredTensor]) -> _Contents:
-    """Sort an adapter's tensors into parts of low-rank adapters and whole tensors."""
-    contents = _Contents()
-    copies: dict[str, StoredTensor] = {}
-    for tensor in sorted(stored, key=lambda tensor: tensor.key):
-        name = tensor.info.name.removeprefix(_PREFIX)
-        found = _PART.fullmatch(name)
-        if found is not None:
-            part = str(found.lastgroup)
-            contents.parts.setdefault(_WRAPPED.sub("", found["module"]), {})[part] = tensor
-        elif name == tensor.info.name or "lora_" in name or "trainable_tokens" in name:
-            raise CheckpointError(
-                f"{path / ADAPTER_WEIGHTS} has the tensor '{tensor.key}', which is no part of a LoRA adapter as PEFT "
-                "writes it; save the whole model with `merge_and_unload()` and `save_pretrained`"
-            )
-        elif ".original_module." not in name:
-            # With `bias: all` PEFT stores a trained module's bias a second time, under the wrapper's name.
-            (copies if ".modules_to_save." in name else contents.whole)[_WRAPPED.sub("", name)] = tensor
-    contents.whole = copies | contents.whole
-    return contents
 
 
 def _base_names(base: Checkpoint, skeleton: Skeleton) -> dict[str, str]:

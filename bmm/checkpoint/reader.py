@@ -2,7 +2,7 @@
 
 Opening touches `config.json` and the headers of the weight files, so cache keys cost nothing. Tensors that transformers
 joins or cuts on loading are given as the loaded model has them (`bmm.checkpoint.conversion`). Whether checkpoints fit
-together is `bmm.checkpoint.layout`'s question.
+together is `bmm.checkpoint.comparison`'s question.
 """
 
 from __future__ import annotations

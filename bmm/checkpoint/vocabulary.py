@@ -1,7 +1,7 @@
 """Which token each row of an embedding stands for, as tokenizer files say it, and whether experts agree on it.
 
-Read as plain JSON and text; the tokenizer itself is never run. Which rows are merged is `bmm.checkpoint.layout`'s
-question.
+Read as plain JSON and text; the tokenizer itself is never run. Which rows are merged is
+`bmm.checkpoint.comparison`'s question.
 """
 
 from __future__ import annotations

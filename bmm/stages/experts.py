@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from bmm.checkpoint.layout import compare
+from bmm.checkpoint.comparison import compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.evaluation.model import TaskModel
 from bmm.kinds.interface import Kind

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bmm.checkpoint.architecture import Architecture
-from bmm.checkpoint.layout import compare
+from bmm.checkpoint.comparison import compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
 from bmm.modules.linear import LinearMap

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, T5Config, T5ForSequenceClassification, T5Model
 
 from bmm.checkpoint.architecture import Architecture
-from bmm.checkpoint.layout import compare
+from bmm.checkpoint.comparison import compare
 from bmm.checkpoint.reader import Checkpoint
 from bmm.sources import fingerprint_model
 from bmm.stages.publish import _head_config, _write_weights

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, T5Config, T5ForSequenceClassification, T5Model
 
 from bmm.checkpoint.architecture import Architecture
-from bmm.checkpoint.layout import Layout, compare
+from bmm.checkpoint.comparison import compare
+from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
 from bmm.errors import CheckpointError
 

@@ -1,0 +1,315 @@
+"""How a base and its experts fit together: names, shapes and dtypes compared before any work.
+
+What comes of it is a `bmm.checkpoint.layout.Layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bmm.checkpoint.architecture import Architecture, encoder_names
+from bmm.checkpoint.layout import Layout, SharedParameter, dotted
+from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.tensors import TensorInfo
+from bmm.checkpoint.vocabulary import check_tokens, extra_name, vocabulary_size
+from bmm.errors import CheckpointError
+
+# Settings which change what the same shapes compute; each architecture names them in its own way.
+_DEFINING = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers"),
+    *(
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "num_key_value_heads",
+    ),
+)
+
+
+def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]) -> Layout:
+    """Compare the base with all experts and say where every tensor goes.
+
+    Args:
+        base: the base checkpoint.
+        experts: the experts by name, in the recipe's order.
+        architectures: by the same names, what transformers calls each expert's model.
+
+    Raises:
+        CheckpointError: another architecture; kinds of model that do not keep the same encoder; a tensor missing,
+            superfluous, of another shape or kind.
+    """
+    prefix = _prefix(base, architectures)
+    tokenizers = check_tokens(base, experts)
+    for expert, checkpoint in experts.items():
+        own, wanted = (architectures[expert].encoder_config(one.config) for one in (checkpoint, base))
+        _check_config(expert, own, wanted)
+    tied = _tied(base, experts, architectures)
+    base_names, copies = canonical_names(base, prefix, tied)
+    expert_names: dict[str, dict[str, str]] = {}
+    copied: dict[str, set[str]] = {}
+    for expert, checkpoint in experts.items():
+        expert_names[expert], repeated = canonical_names(checkpoint, prefix, tied)
+        copied[expert] = set(repeated)
+        if base_names.keys().isdisjoint(expert_names[expert]):
+            raise CheckpointError(
+                f"expert '{expert}' ({checkpoint.path}) shares no parameter with the base {base.path}; "
+                "name an expert that was fine-tuned from this base"
+            )
+    shared: list[SharedParameter] = []
+    heads: dict[str, dict[str, str]] = {expert: {} for expert in experts}
+    unmatched: list[str] = []
+    for name in sorted(base_names.keys() | set().union(*expert_names.values())):
+        holders = [expert for expert in experts if name in expert_names[expert]]
+        complete = name in base_names and len(holders) == len(experts)
+        if not complete and not _is_float(name, base, base_names, experts, expert_names):
+            continue
+        if not holders:
+            unmatched.append(name)
+        elif len(holders) < len(experts) and _unneeded(f"{dotted(prefix)}{name}", holders, experts, architectures):
+            # A pooler, say, that one kind of model does without: it travels with the heads that need it.
+            for expert in holders:
+                heads[expert][f"{dotted(prefix)}{name}"] = expert_names[expert][name]
+            unmatched += [name] if name in base_names else []
+        elif len(holders) < len(experts):
+            raise CheckpointError(_partial(name, name in base_names, holders, list(experts)))
+        elif complete:
+            shared.append(_share(name, base, base_names, experts, expert_names))
+        else:
+            for expert in experts:
+                heads[expert][f"{dotted(prefix)}{name}"] = expert_names[expert][name]
+    for expert, checkpoint in experts.items():
+        if architectures[expert].tower is None:
+            encoder = set(expert_names[expert].values()) | copied[expert]
+            heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
+        if architectures[expert].whole and heads[expert]:
+            raise CheckpointError(
+                f"expert '{expert}' has the tensor '{min(heads[expert])}', which the base {base.path} lacks; name a "
+                "base that was saved as AutoModelForCausalLM"
+            )
+        if missing := architectures[expert].missing(checkpoint):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"expert '{expert}' ({checkpoint.path}) lacks the parameter '{missing[0]}'{more} which its "
+                f"architecture needs; save it as {architectures[expert].auto_class} with `save_pretrained`"
+            )
+    extra, vocabulary = _own_rows(prefix, shared, heads, base, experts)
+    merged = {parameter.name for parameter in shared}
+    kept = {stored: name for stored, name in copies.items() if name in merged}
+    alone = [base_names[name] for name in unmatched]
+    dropped = sorted((set(base.names()) - set(base_names.values()) - set(copies)).union(alone))
+    return Layout(
+        prefix,
+        tuple(shared),
+        heads,
+        tuple(dropped),
+        extra=extra,
+        vocabulary=vocabulary,
+        tokenizers=tokenizers,
+        tied=tied,
+        copies=kept,
+        unmatched=tuple(unmatched),
+    )
+
+
+def canonical_names(
+    checkpoint: Checkpoint, prefix: str, tied: Sequence[Sequence[str]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return canonical name -> stored name of the encoder's tensors, a tied one under its group's first name alone.
+
+    Also returns the stored names that repeat one of them -> its canonical name; any one of a group is enough.
+
+    Args:
+        checkpoint: the checkpoint.
+        prefix: the task models' name for their encoder.
+        tied: groups of names in the task models.
+
+    Raises:
+        CheckpointError: the names of one tied parameter hold different values.
+    """
+    names = encoder_names(checkpoint, prefix)
+    heads = {name: name for name in set(checkpoint.names()) - set(names.values())}
+    copies: dict[str, str] = {}
+    for group in tied:
+        inside = [name.removeprefix(dotted(prefix)) for name in group if name.startswith(dotted(prefix))]
+        places = [names[name] for name in inside if name in names] + [heads[name] for name in group if name in heads]
+        if not inside or not places:
+            continue
+        for other in places[1:]:
+            if not _equal(checkpoint, places[0], other):
+                raise CheckpointError(
+                    f"{checkpoint.path} has different values under '{places[0]}' and '{other}', which its architecture "
+                    "ties to each other; untie no weights when fine-tuning, or save the model again"
+                )
+            copies[other] = inside[0]
+        for name in inside:
+            names.pop(name, None)
+        names[inside[0]] = places[0]
+    return names, copies
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    import torch
+
+    return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
+
+
+def _tied(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of names that every expert's model ties as the base does."""
+    found: dict[tuple[str, ...], None] = {}
+    for expert, checkpoint in experts.items():
+        wanted, own = set(architectures[expert].tied(base)), set(architectures[expert].tied(checkpoint))
+        for names in sorted(wanted ^ own):
+            verbs = ("ties", "keeps apart") if names in own else ("keeps apart", "ties")
+            raise CheckpointError(
+                f"expert '{expert}' {verbs[0]} '{names[0]}' and '{names[-1]}', which the base {verbs[1]}; fine-tune it "
+                "with the base's own tie_word_embeddings"
+            )
+        found |= dict.fromkeys(sorted(own))
+    return tuple(found)
+
+
+def _own_rows(
+    prefix: str,
+    shared: Sequence[SharedParameter],
+    heads: Mapping[str, Mapping[str, str]],
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+) -> tuple[dict[str, dict[str, tuple[str, int, int]]], int | None]:
+    """Return each expert's rows behind the base's vocabulary, and that vocabulary's size if any expert has another."""
+    known = vocabulary_size(base.config)
+    if known is None or all(
+        # A vision tower alone has no vocabulary.
+        vocabulary_size(checkpoint.config) in (None, known)
+        for checkpoint in experts.values()
+    ):
+        return {}, None
+    extra: dict[str, dict[str, tuple[str, int, int]]] = {}
+    for expert, checkpoint in experts.items():
+        rows = (vocabulary_size(checkpoint.config) or known) - known
+        tables = {
+            f"{dotted(prefix)}{one.name}": one.expert_keys[expert] for one in shared if one.shared_rows is not None
+        }
+        tables |= {
+            name: stored
+            for name, stored in heads[expert].items()
+            if checkpoint.info(stored).shape[:1] == (known + rows,) and name.endswith((".weight", ".bias"))
+        }
+        if rows > 0:
+            extra[expert] = {extra_name(name): (stored, known, rows) for name, stored in tables.items()}
+    return extra, known
+
+
+def _prefix(base: Checkpoint, architectures: Mapping[str, Architecture]) -> str:
+    """Return the one name under which the models of all experts keep the encoder of the base."""
+    prefixes: dict[str, str] = {}
+    for expert, architecture in architectures.items():
+        try:
+            prefixes.setdefault(architecture.prefix(base.config), expert)
+        except CheckpointError as error:
+            raise CheckpointError(f"the base {base.path}: {error}") from None
+    if len(prefixes) > 1:
+        one, other = list(prefixes.values())[:2]
+        raise CheckpointError(
+            f"the experts '{one}' ({architectures[one].noun}) and '{other}' ({architectures[other].noun}) do not keep "
+            "the same encoder of this base; merge them in two recipes"
+        )
+    return next(iter(prefixes))
+
+
+def _check_config(expert: str, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    own, wanted = config.get("model_type"), base["model_type"]
+    if own != wanted:
+        raise CheckpointError(
+            f"expert '{expert}' is a {own or 'model without a model_type'}, the base a {wanted}: "
+            "experts must have been fine-tuned from the base"
+        )
+    for key in _DEFINING:
+        if key in config and key in base and config[key] != base[key]:
+            raise CheckpointError(
+                f"expert '{expert}' has '{key}' {config[key]} in its config.json, the base "
+                f"{base[key]}: experts must have been fine-tuned from the base"
+            )
+
+
+def _is_float(
+    name: str,
+    base: Checkpoint,
+    base_names: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    expert_names: Mapping[str, Mapping[str, str]],
+) -> bool:
+    """Return whether anybody stores this tensor as floats; the architecture makes integer buffers itself."""
+    infos = [checkpoint.info(expert_names[e][name]) for e, checkpoint in experts.items() if name in expert_names[e]]
+    if name in base_names:
+        infos.append(base.info(base_names[name]))
+    return any(info.is_float for info in infos)
+
+
+def _unneeded(
+    name: str, holders: Sequence[str], experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]
+) -> bool:
+    """Say whether the experts that lack a parameter are of other kinds than its holders, and do without it."""
+    kinds = {architectures[expert].auto_class for expert in holders}
+    lacking = [expert for expert in experts if expert not in holders]
+    return all(
+        architectures[expert].auto_class not in kinds and name not in architectures[expert].parameters(experts[expert])
+        for expert in lacking
+    )
+
+
+def _partial(name: str, in_base: bool, holders: list[str], experts: list[str]) -> str:
+    lacking = next(expert for expert in experts if expert not in holders)
+    if in_base:
+        return (
+            f"expert '{lacking}' lacks the tensor '{name}', which the base and expert '{holders[0]}' have; "
+            "save the whole model with `save_pretrained`"
+        )
+    return (
+        f"expert '{holders[0]}' has the encoder tensor '{name}', which the base and expert '{lacking}' lack; "
+        "all experts must have the base's architecture"
+    )
+
+
+def _share(
+    name: str,
+    base: Checkpoint,
+    base_names: Mapping[str, str],
+    experts: Mapping[str, Checkpoint],
+    expert_names: Mapping[str, Mapping[str, str]],
+) -> SharedParameter:
+    """Check that all hold the same kind of tensor under a canonical name, and record where."""
+    wanted = base.info(base_names[name])
+    dtypes: dict[str, str] = {}
+    rows: int | None = None
+    for expert, checkpoint in experts.items():
+        own = checkpoint.info(expert_names[expert][name])
+        if own.shape != wanted.shape:
+            if not _is_vocabulary(own, checkpoint, wanted, base):
+                raise CheckpointError(_other_shape(name, expert, own, wanted))
+            rows = min(rows or wanted.shape[0], own.shape[0])
+        if own.dtype != wanted.dtype and not (own.is_float and wanted.is_float):
+            raise CheckpointError(
+                f"expert '{expert}' stores the tensor '{name}' as {own.dtype}, the base as {wanted.dtype}; "
+                "save both with the same kind of numbers"
+            )
+        dtypes[expert] = own.dtype
+    keys = {expert: expert_names[expert][name] for expert in experts}
+    return SharedParameter(name, wanted.shape, wanted.dtype, base_names[name], keys, dtypes, rows)
+
+
+def _is_vocabulary(own: TensorInfo, checkpoint: Checkpoint, wanted: TensorInfo, base: Checkpoint) -> bool:
+    """Return whether two tensors differ in nothing but the number of their models' tokens."""
+    sizes = vocabulary_size(checkpoint.config), vocabulary_size(base.config)
+    return own.shape[1:] == wanted.shape[1:] and (*own.shape[:1], *wanted.shape[:1]) == sizes
+
+
+def _other_shape(name: str, expert: str, own: TensorInfo, wanted: TensorInfo) -> str:
+    return (
+        f"expert '{expert}' has the tensor '{name}' in the shape {own.shape}, the base in {wanted.shape}; "
+        "experts must have been fine-tuned from the base"
+    )
