@@ -28,6 +28,8 @@ _FOLLOWERS = re.compile(
     r"(^|\.)(key|value|key_proj|[kv]_lin|[kv]_proj|up_proj|wi_1|(Self|EncDec)Attention\.[kv])(\.weight)?$"
 )
 _LAYER = re.compile(r".*?(^|\.)(layers?|blocks?|block|h|transformer)\.\d+\.")
+# Of the models that read a waveform: samples a second, and samples of a frame.
+_RATE, _FRAME = 16_000, 320
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -96,14 +98,29 @@ class Outline:
     def tokens(self, task: Mapping[str, Any], folder: Path | None = None) -> int:
         """Return how many tokens a row of a task has at most: as many as it is cut to, or as an image has patches.
 
-        An image is as large as the image processor in the expert's `folder` makes it, else as the model was made for.
+        A sound has as many as its model has positions for, or makes of its seconds. An image is as large as the image
+        processor in the expert's `folder` makes it, else as the model was made for.
         """
         if "max_length" in task:
             return int(task["max_length"])
+        if "max_seconds" in task:
+            return self._sound_tokens(float(task["max_seconds"]))
         vision = self.config.get("vision_config") or self.config
         image, patch = (vision.get(name) or default for name, default in (("image_size", 224), ("patch_size", 16)))
         sides = [max(size) if isinstance(size, list) else int(size) for size in (image, patch)]
         return (((folder and _processed_side(folder)) or sides[0]) // sides[1]) ** 2 + 1
+
+    def _sound_tokens(self, seconds: float) -> int:
+        """Return how many tokens a sound has: of Whisper, of a spectrogram in patches, of a waveform under strides."""
+        config = self.config
+        if "max_source_positions" in config:
+            return int(config["max_source_positions"])
+        if "num_mel_bins" in config and "patch_size" in config:
+            patch = int(config["patch_size"])
+            high = (int(config["num_mel_bins"]) - patch) // int(config.get("frequency_stride", 10)) + 1
+            long = (int(config.get("max_length", 1024)) - patch) // int(config.get("time_stride", 10)) + 1
+            return high * long + 2
+        return math.ceil(seconds * _RATE / math.prod(config.get("conv_stride") or (_FRAME,)))
 
 
 def _processed_side(folder: Path) -> int | None:
@@ -159,13 +176,15 @@ def outline_of_config(config: Mapping[str, Any], architecture: Architecture, whe
     import torch
     import transformers
 
-    architecture.prefix(dict(config))
+    prefix = architecture.prefix(dict(config))
     inner = architecture.encoder_config(dict(config))
     auto_class = architecture.auto_class if architecture.whole else "AutoModel"
     try:
         settings = transformers.CONFIG_MAPPING[inner["model_type"]].from_dict(inner)
         with torch.device("meta"):
             model = getattr(transformers, auto_class).from_config(settings, trust_remote_code=False)
+        if inner == config and architecture.is_part(dict(config)):
+            model = model.get_submodule(prefix)
     except Exception as error:
         # Each architecture checks its config in its own way, so any exception can mean an impossible value.
         raise CheckpointError(f"{where} does not describe a model: {' '.join(str(error).split())[:200]}") from error

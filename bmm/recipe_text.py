@@ -106,6 +106,25 @@ class ImageKeys:
 
 
 @dataclass(frozen=True)
+class AudioKeys:
+    """What an audio classification task says beside its splits: columns, and how much of a sound is heard."""
+
+    audio: str = "audio"
+    label: str = "label"
+    max_seconds: int = 30
+
+    kind = "audio-classification"
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Return (key, value, what it says)."""
+        return [
+            ("audio", _scalar(self.audio), "the column that holds the sound"),
+            ("label", _scalar(self.label), _LABEL_NOTE),
+            ("max_seconds", str(self.max_seconds), "of a sound, longer ones are cut"),
+        ]
+
+
+@dataclass(frozen=True)
 class ExpertEntry:
     """One expert of the recipe: what a person reads of it (`title`), its checkpoint, its rows and how they are read.
 
@@ -116,7 +135,7 @@ class ExpertEntry:
     title: str
     model: str
     splits: Mapping[str, str]
-    task: TextKeys | ImageKeys
+    task: TextKeys | ImageKeys | AudioKeys
 
 
 def recipe_text(

@@ -22,10 +22,11 @@ from bmm.checkpoint.verified import fingerprint, open_checkpoint, open_verified
 from bmm.digest import digest_file
 from bmm.errors import RecipeError
 from bmm.evaluation.data import source_files
+from bmm.evaluation.tables import FOLDERS
 from bmm.grams.published import PublishedGrams, find
 from bmm.grams.settings import ArtifactGrams
 from bmm.kinds.lm_eval_file import TaskFile, require_package
-from bmm.kinds.settings import DEFAULT_KIND, PROCESSOR, SPLITS, LmEval, SplitSource, task_of
+from bmm.kinds.settings import DEFAULT_KIND, FILES, PROCESSOR, SPLITS, LmEval, SplitSource, task_of
 from bmm.recipe import ExpertSource, Recipe
 
 
@@ -141,15 +142,15 @@ def fingerprint_model(source: str, folder: Path, where: str, base: Model | None 
 def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
     model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
     data: dict[str, Any] = {}
-    images: str | None = getattr(expert.task, "image", None)
+    column: str | None = next((found for key in FILES if (found := getattr(expert.task, key, None)) is not None), None)
     for split, source in expert.splits().items():
-        files = split_files(expert, split, source, recipe.folder, images)
+        files = split_files(expert, split, source, recipe.folder, column)
         for path in files:
             check_allowed(path, f"the {split} data of the expert {expert.name}")
         request = source.model_dump(mode="json", exclude={"data_files", "path"} if files else set())
         # Local rows are known by their bytes, wherever the files lie; rows on a hub by the revision asked for.
         data[split] = {"builder": Path(source.path).name, **request, "files": [digest_file(path) for path in files]}
-        if source.path == "imagefolder":
+        if source.path in FOLDERS:
             # The folder's name is the label.
             data[split]["names"] = [f"{path.parent.name}/{path.name}" for path in files]
     task = expert.task.model_dump(mode="json", exclude=SPLITS) if expert.task else _task_without_rows(expert, model)
@@ -157,18 +158,18 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
         # What the file says decides the results, not where it lies.
         del task["file"]
         task |= TaskFile.read(recipe.resolve(expert.task.file)).asked(expert.task)
-    if images is not None and not (Path(model.path) / PROCESSOR).is_file() and (Path(base.path) / PROCESSOR).is_file():
-        # Its images are read as the base's are; what the file says decides the results, not where it lies.
+    if column is not None and not (Path(model.path) / PROCESSOR).is_file() and (Path(base.path) / PROCESSOR).is_file():
+        # Its files are read as the base's are; what the file says decides the results, not where it lies.
         task["processor"] = read_json_object(Path(base.path) / PROCESSOR)
     return Expert(expert.name, model, task, data)
 
 
 def split_files(
-    expert: ExpertSource, split: str, source: SplitSource, folder: Path, images: str | None = None
+    expert: ExpertSource, split: str, source: SplitSource, folder: Path, named: str | None = None
 ) -> list[Path]:
     """Return the local files behind one split of an expert's task; none for a data set on a hub.
 
-    `images` is a column that may hold paths of images, which are behind the split too.
+    `named` is a column that may hold paths of images or sounds, which are behind the split too.
 
     Raises:
         UserError: a file does not exist, or cannot be used; a package that reads it is not installed.
@@ -179,7 +180,7 @@ def split_files(
         return TaskFile.read((folder / Path(source.path).expanduser()).resolve()).files(
             source.split, expert.task, where
         )
-    return source_files(source, folder, where=where, images=images)
+    return source_files(source, folder, where=where, named=named)
 
 
 def _task_without_rows(expert: ExpertSource, model: Model) -> dict[str, Any]:

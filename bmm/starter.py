@@ -14,9 +14,10 @@ from typing import Any
 
 from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.reader import Checkpoint
+from bmm.checkpoint.shards import read_json_object
 from bmm.errors import CheckpointError, DataError, OutputError, UserError
-from bmm.kinds.settings import HEADS, SplitSource
-from bmm.recipe_text import ExpertEntry, ImageKeys, TextKeys, recipe_text
+from bmm.kinds.settings import DEFAULT_KIND, HEADS, SplitSource, kind_of_class
+from bmm.recipe_text import AudioKeys, ExpertEntry, ImageKeys, TextKeys, recipe_text
 
 _FILE = "recipe.yaml"
 _SPLITS = {
@@ -26,16 +27,19 @@ _SPLITS = {
 }
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _TEXT_COLUMNS = ("text", "sentence", "content", "review", "document", "body", "tweet", "message", "question")
-_IMAGE_COLUMNS = ("image", "img", "picture", "pixels", "path", "file_name", "file")
+_COLUMNS = {
+    "text-classification": ("text", _TEXT_COLUMNS),
+    "image-classification": ("image", ("image", "img", "picture", "pixels", "path", "file_name", "file")),
+    "audio-classification": ("audio", ("audio", "sound", "speech", "recording", "path", "file_name", "file")),
+}
+"""By kind of task, the setting that names the column of what an expert reads, and what people call such a column."""
 _LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment")
 _LONGEST = 128
 # With room for a number behind it.
 _LONGEST_NAME = 60
 _ADAPTER = "adapter_config.json"
-# Of these kinds of expert the columns of their rows can be guessed.
-_KINDS = {HEADS[kind]: kind for kind in ("text-classification", "image-classification")}
-# A language model may be a base as well as an expert.
-_OTHER_EXPERTS = tuple(ending for kind, ending in HEADS.items() if ending not in _KINDS and kind != "causal-lm")
+# A language model may be a base as well as an expert; experts of all other kinds are none.
+_NO_BASES = HEADS.keys() - {"causal-lm", "seq2seq-lm"}
 
 
 def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
@@ -54,8 +58,8 @@ def write_recipe(folder: Path, *, force: bool = False) -> dict[str, Any]:
     bases, experts = _checkpoints(folder)
     if len(experts) < 2:
         raise UserError(
-            f"{folder} holds {len(experts)} classifiers of texts or images in safetensors, a merge needs at least two; "
-            "put each expert into a folder of its own, as save_pretrained writes it"
+            f"{folder} holds {len(experts)} classifiers of texts, images or sounds in safetensors, a merge needs at "
+            "least two; put each expert into a folder of its own, as save_pretrained writes it"
         )
     gaps = []
     base = f"./{bases[0].relative_to(folder).as_posix()}" if bases else "./base"
@@ -91,15 +95,25 @@ def _checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
                 architectures: list[str] = checkpoint.config.get("architectures") or [""]
         except CheckpointError:
             continue
-        kind = next((kind for end, kind in _KINDS.items() if architectures[0].endswith(end)), None)
-        if config.parent.name == "base" or not (kind or architectures[0].endswith(_OTHER_EXPERTS)):
+        kind = kind_of_class(architectures[0])
+        if config.parent.name == "base" or kind not in _NO_BASES:
             bases.append(config.parent)
-        elif kind:
+        elif kind in _COLUMNS:
             experts[config.parent] = kind
     for config in sorted([*folder.glob(f"*/{_ADAPTER}"), *folder.glob(f"*/*/{_ADAPTER}")]):
-        experts[config.parent] = "text-classification"
+        experts[config.parent] = _adapted_kind(config)
     bases.sort(key=lambda path: (path.name != "base", len(path.parts), path))
     return bases, dict(sorted(experts.items()))
+
+
+def _adapted_kind(config: Path) -> str:
+    """Return the kind of task that an adapter was trained for; of one that does not say its class, texts."""
+    try:
+        name = str((read_json_object(config).get("auto_mapping") or {}).get("base_model_class"))
+    except (CheckpointError, AttributeError):
+        return DEFAULT_KIND
+    kind = kind_of_class(name)
+    return kind if kind in _COLUMNS else DEFAULT_KIND
 
 
 def _entry(folder: Path, path: Path, kind: str, positions: int) -> tuple[ExpertEntry, list[str]]:
@@ -113,14 +127,16 @@ def _entry(folder: Path, path: Path, kind: str, positions: int) -> tuple[ExpertE
         splits[split] = found or f"data/{path.name}/{split}.jsonl"
     if splits["calibration"].rpartition("/")[2].startswith("train"):
         missing.append("the calibration rows are the training rows; give `rows:` a number to take a sample")
-    what, wanted = ("image", _IMAGE_COLUMNS) if kind == "image-classification" else ("text", _TEXT_COLUMNS)
+    what, wanted = _COLUMNS[kind]
     column, label, columns = _columns(folder, splits["validation"], what, wanted)
     if columns and column not in columns:
         missing.append(f"no {what} column was recognised among {', '.join(columns)}; name it in task.{what}")
     if columns and label not in columns:
         missing.append(f"no label column was recognised among {', '.join(columns)}; name it in task.label")
     if what == "image":
-        task: TextKeys | ImageKeys = ImageKeys(image=column, label=label)
+        task: TextKeys | ImageKeys | AudioKeys = ImageKeys(image=column, label=label)
+    elif what == "audio":
+        task = AudioKeys(audio=column, label=label)
     else:
         task = TextKeys(min(_LONGEST, positions), text=column, label=label)
     entry = ExpertEntry(
@@ -166,7 +182,7 @@ def _rows(folder: Path, expert: Path, names: Iterable[str]) -> str | None:
 
 
 def _columns(folder: Path, path: str, what: str, wanted: Sequence[str]) -> tuple[str, str, list[str]]:
-    """Guess the column of texts or images and the label column of a file; return them and the columns there are."""
+    """Guess what columns of a file hold its texts, images or sounds and its labels; also return what there are."""
     from bmm.evaluation.tables import opened
 
     builder = {".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix, "json")

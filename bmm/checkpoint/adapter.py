@@ -97,13 +97,13 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The adapter's folder where it has a tokenizer or an image processor, else the base's."""
+        """The adapter's folder where it has a tokenizer or processor, else the base's."""
         own = any(file.is_file() for pattern in _READERS for file in self.path.glob(pattern))
         return self.path if own else self.base.tokenizer_folder
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
-        """The files of the tokenizer, wherever it lies."""
+        """The files of the tokenizer or processor, wherever it lies."""
         return super().tokenizer_files if self.tokenizer_folder == self.path else self.base.tokenizer_files
 
     @property
@@ -313,5 +313,8 @@ def _base_names(base: Checkpoint, skeleton: Skeleton) -> dict[str, str]:
     prefix = f"{skeleton.prefix}." if skeleton.prefix else ""
     encoder = encoder_names(base, skeleton.base_prefix)
     names = {prefix + name: stored for name, stored in encoder.items()}
+    # Of a larger base (Whisper with its decoder) the class may have only some parts.
+    parts = {name.partition(".")[0] for name in skeleton.shapes}
+    names = {name: stored for name, stored in names.items() if name.partition(".")[0] in parts}
     heads = set(base.names()) - set(encoder.values())
     return names | {name: name for name in heads if name in skeleton.shapes}

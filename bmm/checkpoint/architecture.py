@@ -40,22 +40,52 @@ class Architecture:
         """Return the name under which such a model keeps its encoder ("bert", "roberta", "vit").
 
         Raises:
-            CheckpointError: the config names no model type, or one without such a model.
+            CheckpointError: the config names no model type, one without such a model, or one whose encoder does not
+                stand apart from its head.
         """
         if self.tower is not None and str(config.get("model_type")).endswith(f"_{self.tower}_model"):
             # The tower alone, as some experts are stored.
             return f"{self.tower}_model"
-        own = str(self.model_class(config).base_model_prefix)
+        model_class = self.model_class(config)
         if self.tower is not None:
             return f"{self.tower}_model"
-        return "" if self.whole else own
+        if self.whole:
+            return ""
+        try:
+            encoder = _built(self.auto_class, canonical_json(config)).encoder
+        except Exception:
+            # What is wrong with the config is said where its parameters are asked for.
+            return str(model_class.base_model_prefix)
+        if encoder is None:
+            raise CheckpointError(
+                f"{model_class.__name__} does not keep its encoder apart from its head, so that no encoder can be "
+                "merged; use an architecture that does"
+            )
+        return encoder
+
+    def is_part(self, config: dict[str, Any]) -> bool:
+        """Return whether the encoder is only a part of what `AutoModel` makes of a config.
+
+        So it is in CLIP and SigLIP, whose text tower an image classifier does without, and in Whisper, whose decoder
+        is not asked when sounds are classified.
+
+        Raises:
+            CheckpointError: as `prefix`.
+        """
+        if self.tower is not None:
+            return True
+        return not self.whole and self.prefix(config) != self.model_class(config).base_model_prefix
 
     def encoder_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the part of a config that describes the encoder."""
-        inner = config.get(f"{self.tower}_config")
-        if self.tower is None or inner is None:
+        """Return the part of a config that describes the encoder; all of it where no part of it does so alone."""
+        try:
+            tower = self.tower or (self.prefix(config).removesuffix("_model") if self.is_part(config) else None)
+        except CheckpointError:
             return config
-        return {"model_type": f"{config.get('model_type')}_{self.tower}_model", **inner}
+        inner = config.get(f"{tower}_config")
+        if tower is None or inner is None:
+            return config
+        return {"model_type": f"{config.get('model_type')}_{tower}_model", **inner}
 
     def model_class(self, config: dict[str, Any]) -> Any:
         """Return the class that transformers has for a config.
@@ -109,10 +139,11 @@ class Architecture:
 
     def _parameters(self, checkpoint: Checkpoint) -> list[tuple[str, ...]]:
         """Return the names of each parameter, those of tied ones together."""
-        # Of a model of several towers only one counts.
-        auto_class = self.auto_class if self.tower is None else "AutoModel"
         try:
-            return _parameters(auto_class, canonical_json(self.encoder_config(checkpoint.config)))
+            if self.tower is None:
+                return _built(self.auto_class, canonical_json(checkpoint.config)).parameters
+            # Its head is made from the base, so that only the tower counts.
+            return _built("AutoModel", canonical_json(self.encoder_config(checkpoint.config))).parameters
         except Exception as error:
             # Each architecture checks its config in its own way, so any exception can mean an impossible value.
             raise CheckpointError(
@@ -120,9 +151,21 @@ class Architecture:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What a model says of itself: the names of each parameter, those of tied ones together, and its encoder's name.
+
+    Most classes say themselves what they call their encoder; in others it is the one part that is a model of its own.
+    Where there is no such part, or more than one, it is None.
+    """
+
+    parameters: list[tuple[str, ...]]
+    encoder: str | None
+
+
 @lru_cache(maxsize=32)
-def _parameters(auto_class: str, config: str) -> list[tuple[str, ...]]:
-    """Return the names of each parameter of a class built from a config.json, those of tied ones together."""
+def _built(auto_class: str, config: str) -> _Built:
+    """Build a class from a config.json on the meta device, and look at it."""
     import torch
     import transformers
 
@@ -134,7 +177,11 @@ def _parameters(auto_class: str, config: str) -> list[tuple[str, ...]]:
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
-    return [tuple(names) for names in tied.values()]
+    own = model.base_model_prefix
+    models = [name for name, part in model.named_children() if isinstance(part, transformers.PreTrainedModel)]
+    if not (own and hasattr(model, own)):
+        own = models[0] if len(models) == 1 else None
+    return _Built([tuple(names) for names in tied.values()], own)
 
 
 def _inner(checkpoint: Checkpoint) -> str:
@@ -142,7 +189,7 @@ def _inner(checkpoint: Checkpoint) -> str:
     pair = checkpoint.config.get("is_encoder_decoder")
     auto_class = "AutoModelForSeq2SeqLM" if pair else "AutoModelForCausalLM"
     kind = Architecture(auto_class, "encoder-decoder" if pair else "language model")
-    own = kind.prefix(checkpoint.config)
+    own = str(kind.model_class(checkpoint.config).base_model_prefix)
     return own if any(name.startswith(f"{own}.") for name in kind.parameters(checkpoint)) else ""
 
 
@@ -150,7 +197,8 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """Return canonical name -> stored name of the encoder's tensors.
 
     Canonical is what transformers calls a parameter once the encoder is loaded, which for some architectures (ViT,
-    DINOv2) is not what `save_pretrained` writes. A checkpoint without a single name under the prefix is stored
+    DINOv2) is not what `save_pretrained` writes. Where the encoder is a part of a larger model (Whisper), a whole one
+    may keep it below its own name for that model. A checkpoint without a single name under the prefix is stored
     without it, as transformers takes it too: the tensors of the encoder's own parts are the encoder's. An empty
     prefix is a whole language model, whose canonical names keep the name of its inner model; where that one was saved
     alone, they get it.
@@ -166,8 +214,10 @@ def encoder_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
         inner = encoder_names(checkpoint, own)
         rest = set(names) - set(inner.values())
         return {f"{own}.{name}": stored for name, stored in inner.items()} | {name: name for name in rest}
-    under = {name.removeprefix(f"{prefix}."): name for name in names if name.startswith(f"{prefix}.")}
     rules = rules_of(checkpoint.config)
+    under: dict[str, str] = {}
+    for start in (f"{prefix}.", f"{rules.prefix}.{prefix}."):
+        under = under or {name.removeprefix(start): name for name in names if name.startswith(start)}
     found = {}
     for name, stored in (under or {name: name for name in names}).items():
         renamed, cut = rules.rename(name)

@@ -64,6 +64,7 @@ class Rules:
     """How transformers loads one architecture.
 
     Attributes:
+        prefix: what a model with a head calls this encoder; empty where transformers cannot build it.
         parts: what the encoder's own parts are called; nothing where transformers cannot build it.
     """
 
@@ -77,6 +78,7 @@ class Rules:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._shapes = {} if model is None else {name: tuple(one.shape) for name, one in model.state_dict().items()}
+        self.prefix = "" if model is None else str(model.base_model_prefix)
         self.parts = frozenset(name.partition(".")[0] for name in self._shapes)
 
     def rename(self, name: str) -> tuple[str, bool]:
@@ -95,7 +97,7 @@ class Rules:
         from transformers.core_model_loading import dot_natural_key
 
         groups: dict[tuple[str, str], dict[str, str]] = {}
-        prefix = f"{self._model.base_model_prefix}."
+        prefix = f"{self.prefix}."
         # A stack's matrices stand in the order of their numbers.
         for name in sorted(stored, key=dot_natural_key):
             inside = name.removeprefix(prefix)

@@ -20,7 +20,7 @@ import numpy as np
 from bmm.checkpoint.allowed import check_allowed
 from bmm.digest import digest_text
 from bmm.errors import ArtefactDamagedError, DataError
-from bmm.evaluation.tables import BUILDERS, data_files, encoded_images, named_files, opened, saved_folder, shown
+from bmm.evaluation.tables import BUILDERS, data_files, encoded_files, named_files, opened, saved_folder, shown
 from bmm.kinds.settings import SplitSource
 
 _EXCERPT = 60
@@ -126,7 +126,7 @@ def read_columns(source: SplitSource, wanted: Mapping[str, str | None], folder: 
                 )
         features = {key: table.features[name] for key, name in names.items()}
         chosen = _sample(total, source, spot)
-        picked = encoded_images(table.select(chosen), names.values())
+        picked = encoded_files(table.select(chosen), names.values())
         # Copied out before the cache that the table is mapped from is removed.
         values = {key: list(picked[name]) for key, name in names.items()}
     return Columns(spot, tuple(index + 1 for index in chosen), values, features, names)
@@ -162,14 +162,14 @@ def read_documents(source: SplitSource, folder: Path, where: str) -> tuple[str, 
     return spot, tuple(index + 1 for index in chosen), rows
 
 
-def source_files(source: SplitSource, folder: Path, where: str = "the recipe", images: str | None = None) -> list[Path]:
+def source_files(source: SplitSource, folder: Path, where: str = "the recipe", named: str | None = None) -> list[Path]:
     """Return the local files behind a source, absolute and in a fixed order; none for a data set on a hub.
 
     Args:
         source: what will be read.
         folder: what relative paths are taken from.
         where: expert and split; begins every message.
-        images: a column that may hold paths of images, which are behind the source too.
+        named: a column that may hold paths of images or sounds, which are behind the source too.
 
     Raises:
         DataError: a named file or folder does not exist, or the source names none.
@@ -181,12 +181,12 @@ def source_files(source: SplitSource, folder: Path, where: str = "the recipe", i
     else:
         local = saved_folder(source, folder, spot)
         files = sorted(path for path in local.rglob("*") if path.is_file()) if local is not None else []
-    if images is None or not files:
+    if named is None or not files:
         return files
     for path in files:
-        # Before they are opened to see which images they name.
+        # Before they are opened to see which files they name.
         check_allowed(path, spot)
-    return [*files, *named_files(source, images, folder, spot)]
+    return [*files, *named_files(source, named, folder, spot)]
 
 
 def check_disjoint(where: str, splits: Mapping[str, Split]) -> None:

@@ -21,8 +21,10 @@ from bmm.errors import DataError
 from bmm.hub import hub_id
 from bmm.kinds.settings import SplitSource
 
-BUILDERS = ("json", "csv", "parquet", "text", "imagefolder")
-_FOLDERS = ("imagefolder",)
+FOLDERS = ("imagefolder", "audiofolder")
+"""Builders whose rows are files, each in a folder that is named after its class."""
+BUILDERS = ("json", "csv", "parquet", "text", *FOLDERS)
+_SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64")
 _SAVED_DATASET = "dataset_info.json"
 _SAVED_DATASETS = "dataset_dict.json"
 
@@ -51,6 +53,8 @@ def _open(source: SplitSource, folder: Path, cache: Path, spot: str) -> Any:
         files = data_files(source, folder, spot)
         if all(path.stat().st_size == 0 for path in files):
             raise DataError(f"{spot}: the file is empty; name one that has rows")
+        if source.path == "audiofolder":
+            return _sound_folder(files, spot)
         return _build(source, files, cache, spot)
     local = saved_folder(source, folder, spot)
     try:
@@ -101,7 +105,7 @@ def _build(source: SplitSource, files: Sequence[Path], cache: Path, spot: str) -
         if isinstance(error, ValueError) and str(error).startswith(("Unknown split", "Unrecognized instruction")):
             raise DataError(f"{spot}: {_reason(error)} Files without named splits are 'train'") from None
         culprits = ", ".join(str(path) for path in files)
-        for number, path in enumerate(files if len(files) > 1 and source.path not in _FOLDERS else [], 1):
+        for number, path in enumerate(files if len(files) > 1 and source.path not in FOLDERS else [], 1):
             try:
                 build([path], number)
             except Exception as alone:
@@ -110,6 +114,17 @@ def _build(source: SplitSource, files: Sequence[Path], cache: Path, spot: str) -
         raise DataError(
             f"{spot}: {culprits} cannot be read as {source.path}: {_reason(error)}; correct the file or `path`"
         ) from error
+
+
+def _sound_folder(files: Sequence[Path], spot: str) -> Any:
+    """Return the paths of sound files, each labelled with its folder's name; `datasets` itself would want a decoder."""
+    import datasets
+
+    sounds = [path for path in files if path.suffix.lower() in _SOUNDS]
+    if not sounds:
+        raise DataError(f"{spot}: there is no sound file ({', '.join(_SOUNDS)}); correct `data_files`")
+    labels = [path.parent.name for path in sounds]
+    return datasets.Dataset.from_dict({"audio": [str(path) for path in sounds], "label": labels})
 
 
 def data_files(source: SplitSource, folder: Path, spot: str) -> list[Path]:
@@ -126,7 +141,7 @@ def data_files(source: SplitSource, folder: Path, spot: str) -> list[Path]:
         if "://" in name:
             raise DataError(f"{spot}: {name} is not a local file; download it and name it by its path")
         path = Path(folder).resolve() / Path(name).expanduser()
-        if path.is_dir() and source.path in _FOLDERS:
+        if path.is_dir() and source.path in FOLDERS:
             found.update(dict.fromkeys(sorted(match for match in path.rglob("*") if match.is_file())))
             continue
         if path.is_dir():
@@ -141,13 +156,14 @@ def data_files(source: SplitSource, folder: Path, spot: str) -> list[Path]:
     return list(found)
 
 
-def encoded_images(table: Any, columns: Iterable[str]) -> Any:
-    """Return a table whose image columns hold mappings of `bytes` and `path` instead of decoded images."""
+def encoded_files(table: Any, columns: Iterable[str]) -> Any:
+    """Return a table whose columns of images and sounds hold mappings of `bytes` and `path`: nothing is decoded."""
     import datasets
 
     for name in columns:
-        if isinstance(table.features[name], datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
+        for feature in (datasets.Image, datasets.Audio):
+            if isinstance(table.features[name], feature):
+                table = table.cast_column(name, feature(decode=False))
     return table
 
 
@@ -156,7 +172,7 @@ def named_files(source: SplitSource, column: str, folder: Path, spot: str) -> li
 
     Without a column of that name, or with one that holds something else than texts, there are none.
     """
-    if source.path in ("text", *_FOLDERS):
+    if source.path in ("text", *FOLDERS):
         return []
     if source.path == "parquet" and not _names_files(data_files(source, folder, spot)[0], column):
         return []

@@ -14,7 +14,8 @@ from bmm.evaluation.data import Split, read_columns
 from bmm.evaluation.labels import label_ids
 from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.scores import CLASSIFICATION
-from bmm.kinds.images import ImageReader, ImageRow, decoded_images, read_images, write_images
+from bmm.kinds.files import read_files, write_files
+from bmm.kinds.images import ImageReader, ImageRow, decoded_images
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import ImageClassification, SplitSource
 
@@ -54,12 +55,12 @@ class ImageClassificationKind(Kind):
     def write_split(self, split: Split, folder: Path, name: str) -> None:
         """Write rows and, each once, the bytes of their images."""
         super().write_split(split, folder, name)
-        write_images(split, folder / f"{name}.safetensors")
+        write_files(split, folder / f"{name}.safetensors")
 
     @override
     def read_split(self, folder: Path, name: str) -> Split:
         """Read rows with their images."""
-        return read_images(super().read_split(folder, name), folder / f"{name}.safetensors")
+        return read_files(super().read_split(folder, name), folder / f"{name}.safetensors", "image")
 
     @override
     def build(

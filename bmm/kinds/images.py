@@ -1,4 +1,4 @@
-"""Rows of images: decoded, known by their pixels, kept as bytes, and read by a model's own image processor.
+"""Rows of images: decoded, known by their pixels, and read by a model's own image processor.
 
 What becomes of the answers is for the kinds that use these to say. Nothing is unpickled, and nothing decodes but
 Pillow, from a list of formats.
@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bmm.checkpoint.allowed import check_allowed
-from bmm.errors import ArtefactDamagedError, CheckpointError, DataError
-from bmm.evaluation.data import Columns, Split
+from bmm.errors import CheckpointError, DataError
+from bmm.evaluation.data import Columns
 from bmm.evaluation.tokens import quiet_transformers
+from bmm.kinds.files import file_bytes, processor_folder
 from bmm.kinds.settings import PROCESSOR
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -85,35 +81,13 @@ def decoded_images(columns: Columns, labels: Sequence[int], folder: Path) -> tup
     rows = []
     for number, value, label in zip(columns.numbers, columns.values["image"], labels, strict=True):
         spot = f"{columns.spot}: row {number}"
-        data = _bytes(value, columns.names["image"], folder, spot)
+        data = file_bytes(value, "image", columns.names["image"], folder, spot)
         try:
             pixels = digest_pixels(_decode(data))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{spot} has an image that cannot be decoded: {_one_line(error)}; replace it") from None
         rows.append(ImageRow(pixels, label, data))
     return tuple(rows)
-
-
-def write_images(split: Split, file: Path) -> None:
-    """Write the bytes of a split's images, each once, under the digest of its pixels."""
-    held: dict[str, Tensor] = {}
-    for row in split.rows:
-        if row.pixels not in held:
-            held[row.pixels] = torch.frombuffer(bytearray(row.data), dtype=torch.uint8)
-    save_file(held, file)
-
-
-def read_images(split: Split, file: Path) -> Split:
-    """Return a split whose rows have the bytes of their images, from what `write_images` wrote.
-
-    Raises:
-        ArtefactDamagedError: an image is missing.
-    """
-    try:
-        held = {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
-        return Split(split.name, tuple(replace(row, data=held[row.pixels]) for row in split.rows))
-    except (OSError, KeyError, SafetensorError):
-        raise ArtefactDamagedError(f"the images of {split.name} are not whole; load them again") from None
 
 
 class ImageReader:
@@ -130,12 +104,8 @@ class ImageReader:
     """
 
     def __init__(self, folder: Path, config: Any, task: str, said: Mapping[str, Any] | None = None) -> None:
-        if said is None:
-            self._processor = load_processor(folder)
-        else:
-            with tempfile.TemporaryDirectory(prefix="bmm-processor-") as place:
-                (Path(place) / PROCESSOR).write_text(json.dumps(dict(said)), encoding="utf-8")
-                self._processor = load_processor(Path(place))
+        with processor_folder(folder, said) as place:
+            self._processor = load_processor(place)
         self._folder = folder
         self._config = config
         self._task = task
@@ -230,29 +200,6 @@ def _expected_size(config: Any) -> tuple[int, int] | None:
     if isinstance(size, int):
         return size, size
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) and len(size) == 2 else None
-
-
-def _bytes(value: Any, column: str, folder: Path, spot: str) -> bytes:
-    """Return the bytes of the file behind one value of an image column."""
-    if isinstance(value, dict) and value.get("bytes"):
-        data: bytes = value["bytes"]
-        return data
-    path = value.get("path") if isinstance(value, dict) else value
-    if path is None or path == "":
-        raise DataError(f"{spot} has no image in column '{column}'; remove the row")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(path, str):
-        raise DataError(
-            f"{spot} has a value of type {type(value).__name__} in column '{column}' where an image or its path "
-            "belongs; set task.image to the right column"
-        )
-    place = Path(folder).resolve() / path
-    check_allowed(place, spot)
-    try:
-        return place.read_bytes()
-    except OSError as error:
-        raise DataError(f"{spot}: the image {path} cannot be read: {error.strerror}; correct its path") from None
 
 
 def _decode(data: bytes) -> Image.Image:

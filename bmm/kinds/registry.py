@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bmm.kinds.audio_classification import AudioClassificationKind
 from bmm.kinds.causal_lm import CausalLMKind
 from bmm.kinds.image_classification import ImageClassificationKind
 from bmm.kinds.interface import Kind
@@ -20,6 +21,7 @@ _KINDS: dict[str, Kind] = {
         TokenClassificationKind(),
         ImageClassificationKind(),
         ZeroShotImageClassificationKind(),
+        AudioClassificationKind(),
         CausalLMKind(),
         Seq2SeqLMKind(),
         LmEvalKind(),

@@ -5,6 +5,7 @@ Words only: reading rows and running models is each kind's own module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -14,16 +15,18 @@ from bmm.part import Part
 
 DEFAULT_KIND = "text-classification"
 SPLITS = {"calibration", "validation", "test"}
-# The file that says how images become pixel values.
+# The file that says how images become pixel values, and sounds features.
 PROCESSOR = "preprocessor_config.json"
+# The settings that name a column of files.
+FILES = ("image", "audio")
 
 
 class SplitSource(Part):
     """Rows of one split, as `datasets.load_dataset` is asked for them, and how many of them to take.
 
-    `path` is a builder (`json`, `csv`, `parquet`, `text`, `imagefolder`), a folder saved on disk, or a hub id; `rows`
-    takes a seeded sample of that size, in file order; without it every row is used. `skip` leaves out the first rows
-    of the order that the seed draws from, so that two samples of one split share no row.
+    `path` is a builder (`json`, `csv`, `parquet`, `text`, `imagefolder`, `audiofolder`), a folder saved on disk, or a
+    hub id; `rows` takes a seeded sample of that size, in file order; without it every row is used. `skip` leaves out
+    the first rows of the order that the seed draws from, so that two samples of one split share no row.
     """
 
     path: str
@@ -73,6 +76,18 @@ class ImageClassification(_Task):
         default="image", description="the column of images, or of their paths relative to the recipe's folder"
     )
     label: str = "label"
+    metric: ClassMetric = "accuracy"
+
+
+class AudioClassification(_Task):
+    """One sound a row, one label out of a fixed set."""
+
+    kind: Literal["audio-classification"]
+    audio: str = Field(
+        default="audio", description="the column of sound files, or of their paths relative to the recipe's folder"
+    )
+    label: str = "label"
+    max_seconds: float = Field(default=30, gt=0, description="of a row, longer sounds are cut")
     metric: ClassMetric = "accuracy"
 
 
@@ -229,6 +244,7 @@ Task = Annotated[
         | TokenClassification
         | ImageClassification
         | ZeroShotImageClassification
+        | AudioClassification
         | CausalLM
         | Seq2SeqLM
         | LmEval,
@@ -242,9 +258,12 @@ HEADS = {
     "text-classification": "ForSequenceClassification",
     "image-classification": "ForImageClassification",
     "token-classification": "ForTokenClassification",
+    "audio-classification": "ForAudioClassification",
     "causal-lm": "ForCausalLM",
     "seq2seq-lm": "ForConditionalGeneration",
 }
+# Classes of models that read sounds, and are called as those that read texts are.
+_SOUND_CLASSES = re.compile(r"(Wav2Vec2|Hubert|SEW|UniSpeech|WavLM|Data2VecAudio)\w*ForSequenceClassification")
 
 
 def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -252,17 +271,23 @@ def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     It is None where that names no class, or one of no kind.
     """
-    names = [str(name) for name in config.get("architectures") or ()]
-    for kind, ending in HEADS.items():
-        if any(name.endswith(ending) for name in names):
+    for name in config.get("architectures") or ():
+        if (kind := kind_of_class(str(name))) is not None:
             task: Part = TypeAdapter[Part](Task).validate_python({"kind": kind})
             return task.model_dump(mode="json", exclude=SPLITS)
     return None
 
 
+def kind_of_class(name: str) -> str | None:
+    """Return the kind of task that a class of transformers is for, by its name; None for a class of no kind."""
+    if _SOUND_CLASSES.fullmatch(name):
+        return "audio-classification"
+    return next((kind for kind, ending in HEADS.items() if name.endswith(ending)), None)
+
+
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
 _NOT_READ = frozenset(
-    {"text", "text_pair", "label", "image", "prompt", "answer", "words", "metric", "num_fewshot", "fewshot_seed"}
+    {"text", "text_pair", "label", *FILES, "prompt", "answer", "words", "metric", "num_fewshot", "fewshot_seed"}
 )
 # What is asked of a model beyond reading rows.
 _ASKED = frozenset({"classes", "templates", "max_new_tokens", "stop", "definition", "filter"})

@@ -125,8 +125,8 @@ def _as_stored(conversion: Conversion, get: Callable[[str], Tensor], dtype: torc
 
 def _kept(setup: Setup, base: Checkpoint) -> tuple[dict[str, str], str]:
     """Return what is published as the base has it (published name -> stored name), and the prefix that is left out."""
-    if _tower(setup):
-        # The merged tower goes back into the whole model, whose other parts no expert has changed.
+    if _is_part(setup, base.config):
+        # The merged part goes back into the whole model, whose other parts no expert has changed.
         merged = {parameter.base_key for parameter in setup.layout.shared}
         return {key: key for key in base.names() if key not in merged}, ""
     prefix = dotted(setup.layout.prefix)
@@ -138,8 +138,8 @@ def _kept(setup: Setup, base: Checkpoint) -> tuple[dict[str, str], str]:
     }, prefix
 
 
-def _tower(setup: Setup) -> bool:
-    return any(kind_of(expert.task["kind"]).architecture.tower is not None for expert in setup.experts)
+def _is_part(setup: Setup, config: dict[str, Any]) -> bool:
+    return any(kind_of(expert.task["kind"]).architecture.is_part(config) for expert in setup.experts)
 
 
 def _config(setup: Setup, config: dict[str, Any], architecture: str, dtype: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _config(setup: Setup, config: dict[str, Any], architecture: str, dtype: str)
     if dtype != "base":
         kept.pop("torch_dtype", None)
         kept["dtype"] = dtype
-    return kept if _tower(setup) else {**kept, "architectures": [architecture]}
+    return kept if _is_part(setup, config) else {**kept, "architectures": [architecture]}
 
 
 def _head_config(config: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import architectures
 import pytest
+import sounds
 import torch
 
 from bmm.checkpoint.reader import Checkpoint
@@ -35,6 +36,19 @@ def test_gram_sizes_are_near_what_a_forward_pass_shows(family: str) -> None:
     assert solved * 0.8 <= estimated <= solved * 1.25
     # One layer's answers, and no more than all of them beside three streams.
     assert 0 < outline.walk_floats <= sum(map_.outputs for map_ in maps) + 3 * max(map_.inputs for map_ in maps)
+
+
+@pytest.mark.parametrize("family", sounds.CONFIGS)
+def test_tokens_of_a_sound_are_near_what_the_model_makes_of_it(family: str) -> None:
+    config, kind = sounds.CONFIGS[family](), kind_of("audio-classification")
+    outline = outline_of_config(config.to_dict(), kind.architecture, "config.json")
+    model = kind.bare(config.to_dict(), "one")
+    assert outline.shapes == {name: tuple(one.shape) for name, one in model.encoder.named_parameters()}
+    for parameter in model.encoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.inference_mode():
+        found = model.encoder(**kind.probe(model)).last_hidden_state.shape[1]
+    assert found <= outline.tokens({"max_seconds": 1.0}) <= found + 2
 
 
 def test_a_configuration_outlines_what_the_checkpoint_holds(pico: Path) -> None:

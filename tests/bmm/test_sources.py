@@ -129,7 +129,7 @@ def test_rows_outside_of_the_allowed_folders_are_not_opened_to_see_what_they_nam
     outside.write_text("this is no JSON, and not to be quoted")
     monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(inside))
     with pytest.raises(UserError, match=r"rows\.jsonl lies outside of the allowed folders"):
-        source_files(SplitSource(path="json", data_files=str(outside)), inside, images="image")
+        source_files(SplitSource(path="json", data_files=str(outside)), inside, named="image")
 
 
 def test_a_model_is_found_from_the_folder_given(pico: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from sounds import CONFIGS
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from bmm.errors import UserError
@@ -49,6 +52,42 @@ def test_image_classifiers_are_found_with_their_columns(images: Path) -> None:
         assert expert.task is not None
         said = expert.task.model_dump()
         assert (said["kind"], said["image"], said["label"]) == ("image-classification", "picture", "category")
+
+
+def test_classifiers_of_sounds_are_found_whatever_their_class_is_called(tmp_path: Path) -> None:
+    transformers.Wav2Vec2Model(CONFIGS["wav2vec2"]()).save_pretrained(tmp_path / "base")
+    for name in ("birds", "engines"):
+        transformers.AutoModelForAudioClassification.from_config(CONFIGS["wav2vec2"]()).save_pretrained(tmp_path / name)
+        for split in ("calibration", "validation", "test"):
+            path = tmp_path / "data" / name / f"{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"recording,label\n{split}.wav,LABEL_1\n")
+    found = write_recipe(tmp_path)
+    assert found["to_complete"] == []
+    for expert in Recipe.from_yaml(tmp_path / "recipe.yaml").experts:
+        assert expert.task is not None
+        said = expert.task.model_dump()
+        assert (said["kind"], said["audio"], said["max_seconds"]) == ("audio-classification", "recording", 30)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (
+            {"task_type": None, "auto_mapping": {"base_model_class": "ViTForImageClassification"}},
+            "image-classification",
+        ),
+        ({"task_type": None, "auto_mapping": {"base_model_class": "ViTModel"}}, "text-classification"),
+        ({"task_type": "SEQ_CLS", "auto_mapping": None}, "text-classification"),
+    ],
+)
+def test_an_adapters_kind_is_that_of_the_class_it_was_trained_in(images: Path, said: dict[str, Any], kind: str) -> None:
+    for file in (images / "experts" / "fish").iterdir():
+        file.unlink()
+    (images / "experts" / "fish" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **said}))
+    write_recipe(images)
+    text = (images / "recipe.yaml").read_text()
+    assert f"kind: {kind}" in text[text.index("experts/fish") :].split("label:")[0]
 
 
 def test_an_adapter_is_an_expert_and_what_lies_beside_it_is_its_own(pico: Path) -> None:
@@ -95,5 +134,5 @@ def test_a_folder_outside_of_the_allowed_ones_is_left_alone(images: Path, monkey
 
 def test_a_folder_without_experts_is_refused(images: Path) -> None:
     shutil.rmtree(images / "experts" / "fish")
-    with pytest.raises(UserError, match="holds 1 classifiers of texts or images"):
+    with pytest.raises(UserError, match="holds 1 classifiers of texts, images or sounds"):
         write_recipe(images)

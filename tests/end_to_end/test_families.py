@@ -6,6 +6,8 @@ Checkpoints are as `save_pretrained` writes them and everything is read back by 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from family_checkpoints import (
     config_of,
     move,
 )
-from images import build_clip, build_images, save_processor
+from images import SHAPE, build_clip, build_images, save_processor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sounds import answer, build_sounds, rows_of
 
 import bmm
+from bmm.report.card import FOLDER_PLACEHOLDER
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_process")]
 
@@ -41,7 +45,9 @@ LANGUAGE_MODELS = (
 )
 """With whether input and output tables are tied."""
 # Looked up or added, never multiplied with anything; all else of two dimensions and more is a linear map.
-TABLES = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "cls_token", "mask_token")
+TABLES = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "cls_token", "mask_token", "probe")
+# Over patches that overlap: they follow the anchor.
+CONVOLUTIONS = ("conv1.", "conv2.", "conv_layers.", "pos_conv_embed", "distillation_token", "patch_embeddings")
 
 
 def merge(path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -60,7 +66,14 @@ def loaded(auto_class: Any, folder: Path) -> Any:
 
 
 def check_coverage(
-    document: dict[str, Any], base: Any, experts: list[Any], merged: Any, mode: str, *, anchor: str = "tsv"
+    document: dict[str, Any],
+    base: Any,
+    experts: list[Any],
+    merged: Any,
+    mode: str,
+    *,
+    anchor: str = "tsv",
+    beside: tuple[str, ...] = (),
 ) -> None:
     """Hold what the coverage says of each parameter against the models themselves."""
     models = [dict(model.named_parameters()) for model in (base, *experts, merged)]
@@ -76,7 +89,7 @@ def check_coverage(
         assert entry["shape"] == list(found.shape)
         assert not torch.equal(found, origin), f"{name} is left at the base"
         mean = torch.stack(tuned).mean(0)
-        if found.ndim >= 2 and not any(word in name for word in TABLES):
+        if found.ndim >= 2 and not any(word in name for word in (*TABLES, *beside)):
             assert treatment == "regressed", f"{name} is {treatment}"
         if treatment == "regressed":
             assert entry["lambda"] > 0
@@ -181,6 +194,91 @@ def test_a_vision_tower_merges_whole(tmp_path: Path) -> None:
             for name, parameter in merged.named_parameters()
             if not name.startswith("vision_model.")
         )
+
+
+def test_an_image_classifier_over_one_of_two_towers_merges_whole(tmp_path: Path) -> None:
+    path = build_images(tmp_path, "vit", trained=False)
+    shutil.rmtree(tmp_path / "base")
+    sizes = {name: value for name, value in SHAPE.items() if name not in ("image_size", "patch_size")}
+    base = transformers.SiglipModel(
+        transformers.SiglipConfig(vision_config=SHAPE, text_config={**sizes, "vocab_size": 40})
+    )
+    move(base, 0, by=0.25)
+    base.eval().save_pretrained(tmp_path / "base")
+    save_processor(tmp_path / "base")
+    experts = []
+    for seed in (1, 2):
+        folder = tmp_path / "experts" / f"task{seed - 1}"
+        model = transformers.AutoModelForImageClassification.from_pretrained(
+            tmp_path / "base", num_labels=2, id2label={0: "dark", 1: "light"}
+        )
+        move(model, seed)
+        model.save_pretrained(folder)
+        save_processor(folder)
+        experts.append(loaded(transformers.AutoModelForImageClassification, folder).vision_model)
+    frozen = dict(base.named_parameters())
+    for mode in ("propagated", "module-wise"):
+        output, document = merge(path, regression={"mode": mode}, search="none", tracking={"enabled": False})
+        merged = loaded(transformers.AutoModel, output)
+        check_coverage(document, base.vision_model, experts, merged.vision_model, mode)
+        fused = next(entry for entry in document["coverage"] if entry["parameter"].endswith("in_proj_weight"))
+        # The query reads the pooling head's probe, key and value what the encoder says.
+        assert (fused["treatment"], fused["shape"]) == ("regressed", [48, 16])
+        assert all(
+            torch.equal(parameter, frozen[name])
+            for name, parameter in merged.named_parameters()
+            if not name.startswith("vision_model.")
+        )
+
+
+def check_heard(output: Path, document: dict[str, Any], family: str) -> None:
+    """Put encoder and heads together as the model card says, and let them hear the test rows one at a time."""
+    (code,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)
+    for name in EXPERTS:
+        names: dict[str, Any] = {}
+        exec(code.replace(FOLDER_PLACEHOLDER, str(output)).replace(repr(EXPERTS[0]), repr(name)), names)  # noqa: S102
+        assert names["label"] in LABELS
+        rows = rows_of(output.parent, name)
+        right = [answer(names["model"], family, heard) == label for heard, label in rows]
+        told = document["metrics"]["test"][name]
+        assert told["merged"] == pytest.approx(sum(right) / len(right))
+        # The labels are what the expert itself answers, alone.
+        assert told["expert"] == 1.0
+
+
+@pytest.mark.parametrize(("base_class", "layers"), [("WhisperForConditionalGeneration", False), ("WhisperModel", True)])
+def test_a_whisper_encoder_merges_whole_and_the_decoder_stays(tmp_path: Path, base_class: str, layers: bool) -> None:
+    whisper, classifier = getattr(transformers, base_class), transformers.AutoModelForAudioClassification
+    path = build_sounds(tmp_path, "whisper", whisper, use_weighted_layer_sum=layers)
+    experts = [loaded(classifier, tmp_path / name) for name in EXPERTS]
+    base = loaded(whisper, tmp_path / "base")
+    for mode in ("propagated", "module-wise"):
+        output, document = merge(path, regression={"mode": mode})
+        merged = loaded(whisper, output)
+        towers = [expert.encoder for expert in experts]
+        check_coverage(document, base.get_encoder(), towers, merged.get_encoder(), mode, beside=CONVOLUTIONS)
+        frozen = dict(base.named_parameters())
+        assert all(
+            torch.equal(parameter, frozen[name])
+            for name, parameter in merged.named_parameters()
+            if ".encoder." not in f".{name}"
+        )
+        assert load_file(output / "model.safetensors").keys() == load_file(tmp_path / "base/model.safetensors").keys()
+        check_heard(output, document, "whisper")
+    heads = [load_file(output / "heads" / f"{name}.safetensors") for name in EXPERTS]
+    assert all(("layer_weights" in head) is layers for head in heads)
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "ast"])
+def test_other_audio_classifiers_merge_whole(tmp_path: Path, family: str) -> None:
+    path = build_sounds(tmp_path, family)
+    experts = [loaded(transformers.AutoModelForAudioClassification, tmp_path / name).base_model for name in EXPERTS]
+    base = loaded(transformers.AutoModel, tmp_path / "base")
+    for mode in ("propagated", "module-wise"):
+        output, document = merge(path, regression={"mode": mode})
+        merged = loaded(transformers.AutoModel, output)
+        check_coverage(document, base, experts, merged, mode, beside=CONVOLUTIONS)
+        check_heard(output, document, family)
 
 
 @pytest.mark.parametrize(("family", "anchor"), [("gpt2", "wudi"), ("gpt2", "ties"), ("mixtral", "wudi")])

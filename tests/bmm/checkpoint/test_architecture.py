@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+import transformers
+from sounds import CONFIGS as SOUNDS
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    WhisperForConditionalGeneration,
+)
 
 from bmm.checkpoint.architecture import Architecture, encoder_names
 from bmm.checkpoint.reader import Checkpoint
@@ -20,6 +30,13 @@ PICO = {
     "vocab_size": 100,
     "pad_token_id": 0,
 }
+FAMILY_CONFIG = {"model_type": "bert", **PICO}
+_VISION = {name: PICO[name] for name in PICO if name not in ("vocab_size", "pad_token_id")} | {
+    "image_size": 8,
+    "patch_size": 4,
+}
+_TOWERS = {"text_config": PICO, "vision_config": _VISION}
+_AUTO = {"whisper": "AutoModelForAudioClassification", "vision": "AutoModelForImageClassification"}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
     "roberta": ("roberta", {}),
@@ -51,6 +68,37 @@ def test_a_saved_classifier_has_its_prefix_and_lacks_nothing(model_type: str, tm
 def test_an_architecture_without_a_classifier_is_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         CLASSIFIER.prefix(config)
+
+
+PARTS: dict[str, tuple[Any, str, Any, str]] = {
+    "whisper": (SOUNDS["whisper"], "encoder", WhisperForConditionalGeneration, "model.encoder."),
+    "siglip": (lambda: SiglipConfig(**_TOWERS), "vision_model", SiglipModel, "vision_model."),
+    "clip": (lambda: CLIPConfig(**_TOWERS), "vision_model", CLIPModel, "vision_model."),
+}
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_an_encoder_that_is_a_part_of_a_larger_model_is_found_in_both(family: str, tmp_path: Path) -> None:
+    make, prefix, whole, place = PARTS[family]
+    architecture = Architecture(_AUTO["whisper" if family == "whisper" else "vision"], "classifier")
+    whole(make()).save_pretrained(tmp_path / "whole")
+    getattr(transformers, architecture.auto_class).from_config(make()).save_pretrained(tmp_path / "expert")
+    base, expert = (Checkpoint.open(tmp_path / name) for name in ("whole", "expert"))
+    for checkpoint in (base, expert):
+        assert architecture.prefix(checkpoint.config) == prefix
+        assert architecture.is_part(checkpoint.config)
+    assert architecture.missing(expert) == []
+    theirs, ours = encoder_names(base, prefix), encoder_names(expert, prefix)
+    assert theirs.keys() == ours.keys()
+    assert all(stored == f"{place}{name}" for name, stored in theirs.items())
+    assert not CLASSIFIER.is_part(FAMILY_CONFIG)
+    assert len(theirs) < len(base.names())
+
+
+def test_a_classifier_without_an_encoder_of_its_own_is_refused() -> None:
+    architecture = Architecture(_AUTO["vision"], "image classifier")
+    with pytest.raises(CheckpointError, match="HGNetV2ForImageClassification does not keep its encoder apart"):
+        architecture.prefix({"model_type": "hgnet_v2"})
 
 
 def test_what_the_file_lacks_is_listed_and_no_random_number_is_drawn(save, edit_weights) -> None:

@@ -295,7 +295,8 @@ def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"path": "json", "data_files": "mixed.jsonl"}, "row 2 has the label 'ugly'"),
         (
             {"path": "here"},
-            "is not a data set written by save_to_disk; set `path` to one of json, csv, parquet, text, imagefolder",
+            "is not a data set written by save_to_disk; set `path` to one of json, csv, parquet, text, imagefolder, "
+            "audiofolder",
         ),
         ({"path": "pandas", "data_files": "reviews.jsonl"}, "`path` is 'pandas', which is neither one of"),
         ({"path": "./not/there"}, "`path` is './not/there', which is neither one of"),

@@ -84,14 +84,14 @@ def test_embedded_images_are_read_from_parquet_and_saved_folders(tmp_path: Path)
         assert [row.pixels for row in split.rows] == digests
         assert [row.label for row in split.rows] == [0] * 4 + [1] * 4
     parquet = SplitSource(path="parquet", data_files="rows.parquet")
-    assert source_files(parquet, tmp_path, images="image") == [tmp_path / "rows.parquet"]
+    assert source_files(parquet, tmp_path, named="image") == [tmp_path / "rows.parquet"]
 
 
 def test_the_images_that_rows_name_are_files_behind_the_rows(tmp_path: Path) -> None:
     write_rows(tmp_path, count=1)
     source = SplitSource(path="json", data_files="rows.jsonl")
     named = [tmp_path / "data" / name / "0.png" for name in LABELS]
-    assert source_files(source, tmp_path, images="image") == [tmp_path / "rows.jsonl", *named]
+    assert source_files(source, tmp_path, named="image") == [tmp_path / "rows.jsonl", *named]
     assert source_files(source, tmp_path) == [tmp_path / "rows.jsonl"]
 
 
@@ -102,10 +102,10 @@ def test_an_image_outside_of_the_allowed_folders_is_not_read(tmp_path: Path, mon
     rows = [{"image": {"path": str(tmp_path / "out.png"), "bytes": None}, "label": "dark"}]
     (inside / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"path": "json", "data_files": "rows.jsonl"}
-    assert source_files(SplitSource(**source), inside, images="image")[1:] == [tmp_path / "out.png"]
+    assert source_files(SplitSource(**source), inside, named="image")[1:] == [tmp_path / "out.png"]
     assert len(load(inside, **source)) == 1
     datasets.Dataset.from_list([{"image": str(tmp_path / "out.png"), "label": "dark"}]).save_to_disk(inside / "saved")
-    assert source_files(SplitSource(path="saved"), inside, images="image")[-1] == tmp_path / "out.png"
+    assert source_files(SplitSource(path="saved"), inside, named="image")[-1] == tmp_path / "out.png"
     monkeypatch.setenv("BMM_ALLOWED_FOLDERS", str(inside))
     for said in (source, {"path": "saved"}):
         with pytest.raises(UserError, match=r"expert pets, test .*: row 1: .*out\.png lies outside"):
