@@ -26,7 +26,7 @@ from bmm.search.study import Study
 from bmm.stages.anchor import published_dtypes, write_state
 from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.propagation import walk
-from bmm.stages.request import Request, Work
+from bmm.stages.request import Request, Work, version_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.stages.strength import check_groups, described, settings_without_search
 from bmm.store import Draft
@@ -52,7 +52,10 @@ def run_search(work: Work, request: Request) -> dict[str, Any]:
     def make(draft: Draft) -> None:
         _search(work, request, setup, settings, draft)
 
-    return {"search": work.obtain("search", dict(request.inputs), make, settings=dict(request.settings)).to_json()}
+    found = work.obtain(
+        "search", dict(request.inputs), make, settings=dict(request.settings), version=version_of("search")
+    )
+    return {"search": found.to_json()}
 
 
 def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings, draft: Draft) -> None:
