@@ -198,7 +198,7 @@ def evaluate(
             metavar="K",
             min=1,
             help="of the recipe's own merge: also draw K models from its posterior, average their probabilities, and "
-            "compare their calibration with the merged model's",
+            "compare their calibration with the merged model's; draws a reliability diagram into MODEL",
             show_default=False,
         ),
     ] = None,
@@ -221,6 +221,7 @@ def evaluate(
         _out.print(evaluation_table(found))
         if "samples" in found:
             _out.print(calibration_table(found))
+            _out.print(f"reliability diagram: {escape(found['samples']['figure'])}", soft_wrap=True)
 
     _run(work, as_json, show)
 

@@ -192,6 +192,7 @@ def evaluate(
     if samples is not None:
         # First, since it can refuse.
         drawn["samples"] = _sampled(recipe, inputs, opened, found, split, samples, seed)
+        drawn["samples"]["figure"] = str(_draw_reliability(drawn["samples"], split, Path(found.path)))
     results = run_stages(recipe, inputs, opened, perform_here, ("experts",))
     return {**evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split), **drawn}
 
@@ -220,6 +221,17 @@ def _sampled(
         count,
         recipe.search.seed if seed is None else seed,
     )
+
+
+def _draw_reliability(samples: dict[str, Any], split: str, folder: Path) -> Path:
+    """Draw the reliability diagram into the merge's output folder, and return where it is."""
+    from bmm.disk import explained
+    from bmm.report.reliability import reliability_png
+
+    path = folder / f"reliability-{split}.png"
+    with explained(path):
+        path.write_bytes(reliability_png(samples, split))
+    return path
 
 
 def report(run: Path, store: str | None) -> dict[str, Any]:

@@ -101,8 +101,7 @@ def row_terms(log_probabilities: Array, labels: Sequence[int]) -> Array:
     misses = probabilities.copy()
     misses[rows, np.asarray(labels)] -= 1
     bins = np.zeros((len(rows), BINS))
-    # Bins are closed on their right; a probability that rounding has put above one belongs to the last.
-    bins[rows, np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)] = right - confidence
+    bins[rows, _bins(confidence)] = right - confidence
     terms = [right, -likelihoods, (misses**2).sum(axis=1)]
     return np.column_stack([*terms, bins])
 
@@ -111,6 +110,29 @@ def from_means(means: Array) -> dict[str, Array]:
     """Return each of `MEASURES`, `(...)`, from means over rows of `row_terms`, `(..., 3 + BINS)`."""
     gaps = np.asarray(np.abs(means[..., 3:]).sum(axis=-1))
     return dict(zip(MEASURES, (means[..., 0], means[..., 1], means[..., 2], gaps), strict=True))
+
+
+def reliability(log_probabilities: Mapping[str, Array], labels: Mapping[str, Sequence[int]]) -> list[dict[str, float]]:
+    """Return what a reliability diagram shows: each bin of confidence that holds a row, in order, tasks weighed alike.
+
+    Args:
+        log_probabilities: by task, `(rows, classes)`.
+        labels: by task, `(rows,)` class ids.
+
+    Returns:
+        For each such bin its index `bin`, the share of rows in it, their mean `confidence` in the first choice and
+        their `accuracy`. The shares add up to one.
+    """
+    sums = np.zeros((BINS, 3))
+    for task, found in log_probabilities.items():
+        confidence, right = np.exp(found.max(axis=1)), found.argmax(axis=1) == np.asarray(labels[task])
+        rows = np.column_stack([np.ones(len(found)), confidence, right]) / (len(found) * len(log_probabilities))
+        np.add.at(sums, _bins(confidence), rows)
+    return [
+        {"bin": place, "share": float(share), "confidence": float(sure / share), "accuracy": float(right / share)}
+        for place, (share, sure, right) in enumerate(sums)
+        if share
+    ]
 
 
 def compare(
@@ -165,6 +187,12 @@ def _over_tasks(found: Collection[Models], names: Sequence[str]) -> Models:
     return {
         name: {what: np.mean([models[name][what] for models in found], axis=0) for what in MEASURES} for name in names
     }
+
+
+def _bins(confidence: Array) -> NDArray[np.intp]:
+    """Return the bin of each row's confidence."""
+    # Bins are closed on their right; a probability that rounding has put above one belongs to the last.
+    return np.clip(np.ceil(confidence * BINS).astype(np.intp) - 1, 0, BINS - 1)
 
 
 def _of_labels(log_probabilities: Array, labels: Sequence[int]) -> Array:

@@ -18,7 +18,17 @@ from safetensors.torch import load_file, save_file
 from bmm.assembly import Assembler
 from bmm.digest import digest_json
 from bmm.errors import RecipeError, UserError
-from bmm.evaluation.calibration import BINS, Array, compare, fit_temperature, log_softmax, pooled, row_terms, tempered
+from bmm.evaluation.calibration import (
+    BINS,
+    Array,
+    compare,
+    fit_temperature,
+    log_softmax,
+    pooled,
+    reliability,
+    row_terms,
+    tempered,
+)
 from bmm.evaluation.metrics import resampled_counts
 from bmm.prediction import Panel, StoredWeights
 from bmm.publication import holds
@@ -178,6 +188,10 @@ def evaluate_samples(
         count: how many models are drawn.
         seed: of the draws.
 
+    Returns:
+        Plain JSON values: `before` and `after` the temperatures what `bmm.evaluation.calibration.compare` returns, and
+        under `reliability` what that module's function of the name returns for each model.
+
     Raises:
         UserError: a task is not one of choosing a class for each row, or nothing is known of the posterior's width.
     """
@@ -216,6 +230,12 @@ def evaluate_samples(
         }
         return compare(terms, resampled, first=MEAN, second=SAMPLED, confidence=settings.confidence)
 
+    def diagrams(scaled: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            name: reliability({task: tempered(found, scaled[name]) for task, found in reported[name].items()}, labels)
+            for name in (MEAN, SAMPLED)
+        }
+
     def resampled(task: str, columns: Array) -> Array:
         pieces = resampled_counts(len(columns), task, settings.bootstrap_samples, settings.bootstrap_seed)
         return np.concatenate([counts @ columns for counts in pieces]) / len(columns)
@@ -227,6 +247,7 @@ def evaluate_samples(
         "temperature": temperatures,
         "before": compared(dict.fromkeys(temperatures, 1.0)),
         "after": compared(temperatures),
+        "reliability": {"before": diagrams(dict.fromkeys(temperatures, 1.0)), "after": diagrams(temperatures)},
         "noise": {
             module: {
                 "deviation": float(part.variance.mean().sqrt()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,13 @@ def test_eval_samples_compares_draws_with_the_merged_model(done: Place, bmm_here
         for task, entry in found[when]["tasks"].items():
             # The merged model's own answers, whichever way they are asked for.
             assert entry["posterior_mean"]["accuracy"]["value"] == plain["tasks"][task]["model"]
+    figure = folder / "merged" / "reliability-test.png"
+    assert found["figure"] == str(figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    for when, model in product(("before", "after"), ("posterior_mean", "sampled")):
+        bins = found["reliability"][when][model]
+        right = sum(entry["share"] * entry["accuracy"] for entry in bins)
+        assert right == pytest.approx(found[when]["mean"][model]["accuracy"]["value"])
     made = len(list((store / "artefacts" / "predictions").iterdir()))
     assert bmm_here(*words, "--samples", 2, "--seed", 4, "--json").document == said.document
     shown = bmm_here(*words, "--samples", 1, "--seed", 4)

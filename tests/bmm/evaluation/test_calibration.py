@@ -17,6 +17,7 @@ from bmm.evaluation.calibration import (
     from_means,
     log_softmax,
     pooled,
+    reliability,
     row_terms,
     tempered,
 )
@@ -191,3 +192,19 @@ def test_what_is_no_classification_is_refused(logits):
 def test_labels_of_other_rows_are_refused():
     with pytest.raises(BMMError, match="labels"):
         row_terms(log_softmax(np.zeros((3, 2))), [0, 1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, rows=st.integers(1, 60), more=st.integers(1, 60))
+def test_a_reliability_diagram_holds_every_row_once_and_weighs_tasks_alike(seed, rows, more):
+    (logits, labels), (others, wanted) = draw(seed, rows), draw(seed + 1, more, classes=3, scale=0.5)
+    one, other = log_softmax(logits), log_softmax(others)
+    alone = reliability({"one": one}, {"one": labels})
+    assert [entry["bin"] for entry in alone] == sorted({entry["bin"] for entry in alone})
+    assert all(entry["bin"] / BINS < entry["confidence"] <= (entry["bin"] + 1) / BINS + 1e-12 for entry in alone)
+    gaps = sum(entry["share"] * abs(entry["accuracy"] - entry["confidence"]) for entry in alone)
+    assert gaps == pytest.approx(measures(one, labels)["ece"])
+    both = reliability({"one": one, "other": other}, {"one": labels, "other": wanted})
+    assert sum(entry["share"] for entry in both) == pytest.approx(1)
+    mean = (measures(one, labels)["accuracy"] + measures(other, wanted)["accuracy"]) / 2
+    assert sum(entry["share"] * entry["accuracy"] for entry in both) == pytest.approx(mean)
