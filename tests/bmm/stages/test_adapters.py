@@ -1,4 +1,4 @@
-"""A whole merge of two adapters and one full expert."""
+"""Whole merges of adapters: of texts beside a full expert, and of images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from images import build_images
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 import bmm
 from bmm.recipe import Recipe
@@ -100,3 +101,45 @@ def test_adapters_merge_as_the_models_that_they_stand_for(
     for task in ("task0", "task1", "task2"):
         assert document["metrics"]["test"][task]["expert"] == compared["metrics"]["test"][task]["expert"]
         assert document["metrics"]["test"][task]["merged"] == compared["metrics"]["test"][task]["merged"]
+
+
+@pytest.mark.parametrize(("family", "dora"), [("vit", False), ("dinov2", True)])
+def test_adapters_of_image_classifiers_merge_as_the_models_that_they_stand_for(
+    tmp_path: Path, family: str, dora: bool, in_process: None, edit_recipe: Callable[..., Path]
+) -> None:
+    build_images(tmp_path, family, trained=False)
+    path = edit_recipe(tmp_path, search="none", regression={"mode": "propagated"}, evaluation={"compare": []})
+    whole = {}
+    for seed, name in enumerate(("task0", "task1")):
+        model = AutoModelForImageClassification.from_pretrained(
+            tmp_path / "base", num_labels=2, id2label={0: "dark", 1: "light"}, label2id={"dark": 0, "light": 1}
+        )
+        linear = {place for place, part in model.base_model.named_modules() if isinstance(part, torch.nn.Linear)}
+        wanted = sorted({place.rpartition(".")[2] for place in linear})
+        torch.manual_seed(seed)
+        # PEFT knows no task of images, and keeps the class instead.
+        adapted = get_peft_model(
+            model, LoraConfig(r=2, target_modules=wanted, modules_to_save=["classifier"], use_dora=dora)
+        )
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn(parameter.shape))
+        place = tmp_path / "experts" / name
+        adapted.save_pretrained(place)
+        model.config.save_pretrained(place)
+        whole[name] = adapted.merge_and_unload()
+    first = bmm.merge(Recipe.from_yaml(path), store=tmp_path / "store")
+    found, measured = weights(first.output), first.document["metrics"]
+    maps = [entry["parameter"] for entry in first.document["coverage"] if entry["treatment"] == "regressed"]
+    # Query, key, value and output of two layers, two maps of each MLP.
+    assert sum(name.endswith(".weight") and ".layer" in f".{name}" for name in maps) == 12
+    origin = weights(tmp_path / "base")
+    assert sum(not torch.equal(found[name], origin[name]) for name in found) >= 12
+    for name, model in whole.items():
+        shutil.rmtree(tmp_path / "experts" / name)
+        model.save_pretrained(tmp_path / "experts" / name)
+    again = bmm.merge(Recipe.from_yaml(path), store=tmp_path / "another")
+    for name, wanted_weight in weights(again.output).items():
+        torch.testing.assert_close(found[name], wanted_weight, rtol=1e-4, atol=1e-5)
+    assert measured["test"] == again.document["metrics"]["test"]
