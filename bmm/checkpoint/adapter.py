@@ -313,8 +313,7 @@ def _base_names(base: Checkpoint, skeleton: Skeleton) -> dict[str, str]:
     prefix = f"{skeleton.prefix}." if skeleton.prefix else ""
     encoder = encoder_names(base, skeleton.base_prefix)
     names = {prefix + name: stored for name, stored in encoder.items()}
-    # Of a larger base (Whisper with its decoder) the class may have only some parts.
-    parts = {name.partition(".")[0] for name in skeleton.shapes}
-    names = {name: stored for name, stored in names.items() if name.partition(".")[0] in parts}
+    # What the class does not have is passed over on loading: Whisper's decoder, or the pooler of a ViT.
+    names = {name: stored for name, stored in names.items() if name in skeleton.shapes}
     heads = set(base.names()) - set(encoder.values())
     return names | {name: name for name in heads if name in skeleton.shapes}
