@@ -41,11 +41,7 @@ QUICK_PEERS = ("mergekit: TIES", "fusion-bench: RegMean++")
 MODULE_WISE: Changes = {"grams": {"source": "activations"}, "regression": {"mode": "module-wise"}}
 HYBRID: Changes = {"grams": {"source": "hybrid"}, "regression": {"mode": "module-wise"}}
 PROPAGATED: Changes = {"grams": {"source": "activations"}, "regression": {"mode": "propagated"}}
-DATA_FREE: Changes = {
-    "anchor": {"method": "tsv"},
-    "grams": {"source": "task-vectors"},
-    "regression": {"mode": "module-wise"},
-}
+DATA_FREE: Changes = {"grams": {"source": "task-vectors"}, "regression": {"mode": "module-wise"}}
 
 
 @dataclass(frozen=True)
@@ -169,11 +165,13 @@ def _settings(said: dict[str, Any]) -> AnchorSettings:
 
 
 def _data_free() -> list[Row]:
-    strengths = {f"data-free, λ = {LAMBDA:g}": LAMBDA, "data-free, λ by evidence": "evidence"}
-    return [
-        Row(name, How(_fixed(DATA_FREE, strength), "search"), ours=True, data_free=True, seeded=False)
-        for name, strength in strengths.items()
-    ]
+    rows = []
+    for method, label in (("tsv", "TSV-M"), ("wudi", "WUDI")):
+        around = {**DATA_FREE, "anchor": {"method": method}}
+        for name, strength in ((f"λ = {LAMBDA:g}", LAMBDA), ("λ by evidence", "evidence")):
+            how = How(_fixed(around, strength), "search")
+            rows.append(Row(f"data-free on {label}, {name}", how, ours=True, data_free=True, seeded=False))
+    return rows
 
 
 def _ours(trials: int) -> list[Row]:
