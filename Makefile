@@ -22,8 +22,9 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(VENV)/bin/bmm demo $(DEMO)
 
+# Two processes of one thread each: two threads in each of them would be in each other's way on two cores.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 benchmark: benchmark-methods
 
