@@ -70,8 +70,10 @@ def trial_seed(seed: int, index: int, purpose: str = "trial") -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def initial_design(space: Space, trials: int) -> list[tuple[Origin, Point, dict[str, Setting]]]:
-    """Return the trials that need no history: the anchor, then the global-λ line.
+def initial_design(
+    space: Space, trials: int, reference: float | None = None
+) -> list[tuple[Origin, Point, dict[str, Setting]]]:
+    """Return the trials that need no history: the anchor, the `reference` for all groups, then the global-λ line.
 
     The line has 7 points when there are at least 24 trials, and fewer, up to half of them, when there are
     fewer. The local Sobol points that end the first design depend on the best of these: `propose` draws
@@ -79,6 +81,8 @@ def initial_design(space: Space, trials: int) -> list[tuple[Origin, Point, dict[
     """
     line = _LINE_POINTS if trials >= _LINE_TRIALS else min(_LINE_POINTS - 1, trials // 2)
     design: list[tuple[Origin, Point]] = [("anchor", space.anchor_point())]
+    if reference is not None and (point := space.plain_point(reference)) is not None:
+        design.append(("global", point))
     design += [("global", point) for point in space.global_line(line)]
     return [(origin, point, space.decode(point)) for origin, point in design[:trials]]
 

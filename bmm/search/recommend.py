@@ -18,13 +18,17 @@ from bmm.search.propose import fitted, reproducible, trial_seed
 from bmm.search.study import Trial, best_of
 
 
-def recommended(trials: Sequence[Trial], seed: int, noise: float | None) -> Trial | None:
+def recommended(
+    trials: Sequence[Trial], seed: int, noise: float | None, reference: float | None = None
+) -> Trial | None:
     """Return the trial to publish, or None where none is complete.
 
     Args:
         trials: all of a study, the anchor first.
         seed: the search's.
         noise: the objective's variance; without it the luckiest trial is taken.
+        reference: the `λ` that a walk through the network went on with. At another one a layer is solved from inputs
+            that the layers before it no longer give, so of the plain settings this one is preferred.
     """
     best = best_of(tuple(trials))
     complete = [trial for trial in trials if trial.objective is not None]
@@ -38,7 +42,16 @@ def recommended(trials: Sequence[Trial], seed: int, noise: float | None) -> Tria
     highest = max(means[place] for place in elected)
     plain = [place for place in elected if complete[place].origin in ("anchor", "global")]
     near = [place for place in plain if means[place] >= highest - math.sqrt(noise)]
-    return complete[max(near or elected, key=lambda place: (means[place], -place))]
+    own = [place for place in near if _is_all(complete[place], reference)]
+    return complete[max(own or near or elected, key=lambda place: (means[place], -place))]
+
+
+def _is_all(trial: Trial, reference: float | None) -> bool:
+    """Say whether every group has this `λ`, and `γ = 1`."""
+    return all(
+        reference is not None and math.isclose(setting.lam, reference, rel_tol=1e-9) and setting.gamma == 1
+        for setting in trial.settings.values()
+    )
 
 
 def _at_least(trial: Trial, floor: float | None) -> bool:

@@ -30,13 +30,21 @@ class Outcome:
 Evaluate = Callable[[Mapping[str, Setting]], Outcome]
 
 
-def search(space: Space, evaluate: Evaluate, study: Study, trials: int, seed: int, noise: float | None = None) -> Trial:
+def search(
+    space: Space,
+    evaluate: Evaluate,
+    study: Study,
+    trials: int,
+    seed: int,
+    noise: float | None = None,
+    reference: float | None = None,
+) -> Trial:
     """Run the study up to `trials` trials and return the one to publish (`bmm.search.recommend`).
 
-    Trials that the study already holds are not evaluated again, nor are settings equal to those of an
-    earlier trial: they take over its outcome. `noise` is the objective's variance, where it is known. When
-    `evaluate` raises a `BMMError` or a `FloatingPointError`, or finds a number that is not finite, the
-    trial is logged as failed.
+    Trials that the study already holds are not evaluated again, nor are settings equal to those of an earlier trial:
+    they take over its outcome. `noise` is the objective's variance, where it is known; `reference` is the `λ` that a
+    walk through the network went on with. When `evaluate` raises a `BMMError` or a `FloatingPointError`, or finds a
+    number that is not finite, the trial is logged as failed.
 
     Raises:
         UserError: as `evaluate` raised it; it is not a property of one setting.
@@ -46,7 +54,7 @@ def search(space: Space, evaluate: Evaluate, study: Study, trials: int, seed: in
     if trials < 1:
         raise BMMError(f"a search needs at least one trial, the anchor, not {trials}")
     _check(space, study, seed)
-    design = initial_design(space, trials)
+    design = initial_design(space, trials, reference)
     best: Trial | None = None
     with progress("searching", trials) as bar:
         for index in range(trials):
@@ -76,7 +84,7 @@ def search(space: Space, evaluate: Evaluate, study: Study, trials: int, seed: in
             bar.advance()
     if best is None:
         raise BMMError(f"no trial of the study {study.path} is complete, not even the anchor")
-    return recommended(study.trials[:trials], seed, noise) or best
+    return recommended(study.trials[:trials], seed, noise, reference) or best
 
 
 def _check(space: Space, study: Study, seed: int) -> None:

@@ -133,6 +133,14 @@ class Space:
         """Return where the anchor stands: λ at its upper end, `γ = 1`."""
         return self.encode(self.anchor())
 
+    def plain_point(self, lam: float) -> Point | None:
+        """Return where one `λ` for all groups and `γ = 1` stand, or None outside the bounds."""
+        low, high = self.log10_lambda
+        exponent = math.log10(lam)
+        if not low <= exponent < high:
+            return None
+        return self.encode(dict.fromkeys(self.groups, Setting(lam, 1.0)))
+
     def global_line(self, n: int) -> list[Point]:
         """Return `n` points with one λ for all groups, evenly spaced in `log10 λ`, and `γ = 1`.
 

@@ -129,6 +129,7 @@ def _searched(
         settings.trials,
         settings.seed,
         objective.noise or None,
+        _reference(request),
     )
     told = {
         "per": settings.per,
@@ -145,6 +146,12 @@ def _searched(
         },
     }
     return best.settings, told
+
+
+def _reference(request: Request) -> float | None:
+    """Return the `λ` that the walk went on with, if it was one for all maps."""
+    strength = request.settings["regression"].get("walk_lambda")
+    return float(strength) if isinstance(strength, int | float) else None
 
 
 def _without_search(settings: SearchSettings, strength: Any, chosen: Mapping[str, Setting]) -> dict[str, Any]:

@@ -64,6 +64,16 @@ def test_the_design_is_the_anchor_and_then_the_global_line(trials: int, line: in
     assert all(len({setting.lam for setting in settings.values()}) == 1 for _, _, settings in design)
 
 
+def test_the_strength_of_the_walk_is_tried_right_after_the_anchor() -> None:
+    plain, with_reference = initial_design(SPACE, 24), initial_design(SPACE, 24, 0.1)
+    assert with_reference[0] == plain[0]
+    assert with_reference[2:] == plain[1:]
+    origin, _, settings = with_reference[1]
+    assert origin == "global"
+    assert {(setting.lam, setting.gamma) for setting in settings.values()} == {(0.1, 1.0)}
+    assert initial_design(SPACE, 24, 1e9) == plain
+
+
 def test_sobol_points_lie_in_the_box_around_the_best() -> None:
     history = a_history(count=8)
     region = trust_region(history)

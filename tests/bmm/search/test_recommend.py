@@ -84,3 +84,18 @@ def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise
         chosen = recommended([anchor, own, *trials[2:]], 0, NOISE)
         assert chosen is not None
         assert (chosen.origin == "global") == plain
+
+
+def test_of_plain_settings_that_of_the_walk_is_preferred() -> None:
+    trials = study(3, 0.0)
+    for index, lam in ((1, 0.1), (2, 0.4)):
+        point = SPACE.plain_point(lam)
+        assert point is not None
+        best = max(trial.objective or 0 for trial in trials)
+        trials[index] = replace(
+            trials[index], origin="global", point=point, settings=SPACE.decode(point), objective=best + 0.001 * index
+        )
+    chosen = {reference: recommended(trials, 0, NOISE, reference) for reference in (None, 0.1, 0.4, 3.0)}
+    assert chosen[0.1] == trials[1]
+    assert chosen[0.4] == trials[2]
+    assert chosen[None] == chosen[3.0]
