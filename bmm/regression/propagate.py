@@ -166,13 +166,12 @@ class Walk:
         layers = layers_of(self.units)
         if not layers or not self._tasks or not self._tasks[0]:
             return ()
-        if not all(resident.divide(layers) for resident in (self._of_merged, self._of_expert)):
-            return ()
-        if not self._is_chain(layers):
-            for resident in (self._of_merged, self._of_expert):
-                resident.divide(())
-            return ()
-        return layers
+        residents = (self._of_merged, self._of_expert)
+        if all(resident.divide(layers) for resident in residents) and self._is_chain(layers):
+            return layers
+        for resident in residents:
+            resident.divide(())
+        return ()
 
     def _is_chain(self, layers: tuple[str, ...]) -> bool:
         batch = {name: tensor[:2] for name, tensor in self._tasks[0][0].batch.items()}
