@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bmm.checkpoint.layout import Layout, dotted
+from bmm.checkpoint.mapped import mapped
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.vocabulary import EXTRA, with_vocabulary
 from bmm.evaluation.data import Split
@@ -253,15 +253,11 @@ class StoredWeights:
     """Encoder weights in an artefact's safetensors files, read one tensor at a time by canonical name."""
 
     def __init__(self, artefact: Artefact) -> None:
-        self._place: dict[str, Any] = {}
-        for path in sorted(artefact.path.glob("*.safetensors")):
-            handle: Any = safe_open(path, framework="pt")
-            self._place.update(dict.fromkeys(handle.keys(), handle))
+        self._place = mapped(sorted(artefact.path.glob("*.safetensors")))
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype."""
-        tensor: torch.Tensor = self._place[name].get_tensor(name)
-        return tensor
+        return self._place[name].tensor(name)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return every tensor."""

@@ -18,6 +18,7 @@ import yaml
 from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.conversion import Conversion, rules_of
 from bmm.checkpoint.lora import ADAPTER_CONFIG
+from bmm.checkpoint.mapped import MappedFile
 from bmm.checkpoint.shards import INDEX, SINGLE, StoredTensor, Weights, find_weights, read_json_object
 from bmm.checkpoint.tensors import TensorInfo
 from bmm.digest import digest_files
@@ -60,7 +61,7 @@ class Checkpoint:
         self.weight_files = weights.files
         self.support_files = support_files
         self._weights = weights
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[Path, MappedFile] = {}
         self._last: tuple[Conversion, dict[str, Tensor]] | None = None
 
     @classmethod
@@ -170,13 +171,13 @@ class Checkpoint:
         return {name: conversion for conversion in found for name in conversion.loaded}
 
     def _read(self, stored: StoredTensor) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         name = stored.info.name
         try:
             if stored.file not in self._handles:
-                self._handles[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
-            tensor: Tensor = self._handles[stored.file].get_tensor(stored.key)
+                self._handles[stored.file] = MappedFile(stored.file)
+            tensor = self._handles[stored.file].tensor(stored.key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the tensor '{name}' can no longer be read from {stored.file} ({error}); "

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bmm.checkpoint.mapped import MappedFile, mapped
+
+
+def _mapped_bytes(file: Path) -> int:
+    """Return how much of a file this process has in memory."""
+    return sum(region.rss for region in psutil.Process().memory_maps() if region.path == str(file))
+
+
+def test_a_file_read_from_end_to_end_does_not_stay_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    stored = {f"t{index}": torch.full((2**18,), float(index)) for index in range(16)}
+    save_file(stored, file)
+    reader = MappedFile(file, most_bytes=2 * 2**20)
+    largest = 0
+    for name, tensor in stored.items():
+        assert torch.equal(reader.tensor(name), tensor)
+        largest = max(largest, _mapped_bytes(file))
+    assert 0 < largest <= 5 * 2**20 < file.stat().st_size
+
+
+def test_a_tensor_outlives_the_opening_that_it_came_from(tmp_path: Path) -> None:
+    stored = {f"t{index}": torch.full((1000,), float(index)) for index in range(4)}
+    save_file(stored, tmp_path / "weights.safetensors")
+    reader = MappedFile(tmp_path / "weights.safetensors", most_bytes=0)
+    read = {name: reader.tensor(name) for name in stored}
+    assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_believed(tmp_path: Path) -> None:
+    file, other = tmp_path / "weights.safetensors", tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, file)
+    reader = MappedFile(file, most_bytes=0)
+    reader.tensor("a")
+    save_file({"a": torch.ones(3), "b": torch.ones(3)}, other)
+    other.replace(file)
+    with pytest.raises(OSError, match="replaced while it was in use"):
+        reader.tensor("b")
+
+
+def test_tensors_are_found_in_the_last_file_that_has_them(tmp_path: Path) -> None:
+    for index, names in enumerate((("a", "b"), ("b", "c"))):
+        save_file({name: torch.tensor([float(index)]) for name in names}, tmp_path / f"{index}.safetensors")
+    found = mapped(sorted(tmp_path.glob("*.safetensors")))
+    assert {name: file.tensor(name).item() for name, file in found.items()} == {"a": 0.0, "b": 1.0, "c": 1.0}
