@@ -1,8 +1,7 @@
-"""From hyperparameters to weights: the posterior of every linear map, ready for any `λ` and `γ`.
+"""From hyperparameters to weights: what any `λ` and `γ` make of the posterior of every linear map.
 
-Built once a search, from the experts' Gram matrices (`module_wise`) or from the moments of a walk through the network
-(`propagated`), by one eigendecomposition per distinct input; after that, a new setting costs one matrix product a map.
-The mathematics of one map is `bmm.regression.posterior`.
+A new setting costs one matrix product a map, once its posterior is factored (`bmm.problems`). What a walk through the
+network has solved already is taken from it. The mathematics of one map is `bmm.regression.posterior`.
 """
 
 from __future__ import annotations
@@ -10,22 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 
 import torch
 
-from bmm.modules.linear import LinearMap
-from bmm.progress import progress
+from bmm.problems import Problem, Problems, TensorOf
 from bmm.regression.evidence import Evidence
-from bmm.regression.moments import MINIMUM_ROUTED_ROWS, Moments, trusted
-from bmm.regression.posterior import Posterior, assemble, decompose, factor, residual_and_energy
+from bmm.regression.posterior import assemble
 from bmm.search.space import Setting
-from bmm.weights import ExpertWeights
 
-GramOf = Callable[[int, str], torch.Tensor]
-TensorOf = Callable[[str], torch.Tensor]
-Spread = Callable[["Problem", float], torch.Tensor]
+Spread = Callable[[Problem, float], torch.Tensor]
 """What is added to a map's posterior mean at `λ`, of its shape, float64: a draw's deviation."""
 
 
@@ -41,25 +34,6 @@ class Solved:
     anchored: bool = False
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One map to be solved: its posterior around the anchor, and the base that `γ` scales from.
-
-    Both are `(out, in)`, or `(out, in + 1)` where the bias, the last column, is solved too.
-    """
-
-    map: LinearMap
-    posterior: Posterior
-    base: torch.Tensor
-    evidence: Evidence
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Canonical names of the parameters that the solution stands in."""
-        with_bias = self.base.shape[1] > self.map.inputs
-        return self.map.parameters if with_bias else (self.map.weight,)
-
-
 class Assembler:
     """The regressed maps of one merge.
 
@@ -67,17 +41,23 @@ class Assembler:
         problems: the maps to solve.
         anchor: gives the anchor's tensor by canonical name, for the rest of a parameter that holds several matrices.
         walked: by map, the `λ` with which a walk through the network went on.
+        walk_solved: gives what the walk made of a map at that `λ`.
     """
 
     def __init__(
-        self, problems: Sequence[Problem], anchor: TensorOf, walked: Mapping[str, float] = MappingProxyType({})
+        self,
+        problems: Problems,
+        anchor: TensorOf,
+        walked: Mapping[str, float] = MappingProxyType({}),
+        walk_solved: Callable[[str], Solved] | None = None,
     ) -> None:
         self.walked = walked
-        self._problems = {problem.map.module: problem for problem in problems}
+        self._problems = problems
+        self._walk_solved = walk_solved
         self._anchor = anchor
         self._members: dict[str, list[str]] = {}
-        for module, problem in self._problems.items():
-            for name in problem.parameters:
+        for module in problems:
+            for name in problems.parameters(module):
                 self._members.setdefault(name, []).append(module)
 
     @property
@@ -98,6 +78,8 @@ class Assembler:
         Raises:
             FloatingPointError: an entry is not finite.
         """
+        if self._walk_solved is not None and spread is None and setting == Setting(self.walked.get(module, -1.0), 1.0):
+            return self._walk_solved(module)
         problem = self._problems[module]
         mean = problem.posterior.mean(setting.lam)
         if spread is not None:
@@ -116,8 +98,8 @@ class Assembler:
     def weights(self, settings: Mapping[str, Setting], spread: Spread | None = None) -> dict[str, torch.Tensor]:
         """Return every regressed parameter by canonical name, float32, at a setting for each map; see `solve`."""
         tensors: dict[str, torch.Tensor] = {}
-        for module, problem in self._problems.items():
-            self._place(problem, self.solve(module, settings[module], spread).solution, tensors)
+        for module in self._problems:
+            self._place(module, self.solve(module, settings[module], spread).solution, tensors)
         return tensors
 
     def parameter(self, name: str, settings: Mapping[str, Setting]) -> tuple[torch.Tensor, dict[str, Solved]]:
@@ -125,86 +107,13 @@ class Assembler:
         solved = {module: self.solve(module, settings[module]) for module in self._members[name]}
         tensors: dict[str, torch.Tensor] = {}
         for module, found in solved.items():
-            self._place(self._problems[module], found.solution, tensors)
+            self._place(module, found.solution, tensors)
         return tensors[name], solved
 
-    def _place(self, problem: Problem, solution: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    def _place(self, module: str, solution: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         def into(name: str) -> torch.Tensor:
             if name not in tensors:
                 tensors[name] = self._anchor(name).to(torch.float32, copy=True).contiguous()
             return tensors[name]
 
-        problem.map.place(solution, into)
-
-
-def module_wise(
-    maps: Sequence[LinearMap], weights: ExpertWeights, anchor: TensorOf, gram: GramOf, rows: Callable[[str], int]
-) -> Assembler:
-    """Return the assembler of weights regressed on the inputs that each expert sees; biases are left to the anchor.
-
-    Args:
-        maps: the maps to regress.
-        weights: base and experts.
-        anchor: gives the anchor's tensor by canonical name.
-        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, input group).
-        rows: gives the number of rows behind all experts' Grams by input group.
-    """
-    problems = []
-    groups = _by_group(maps)
-    with progress("factoring the Gram matrices", len(groups)) as bar:
-        for group, members in groups.items():
-            grams = [gram(index, group) for index in range(weights.count)]
-            total = grams[0].clone()
-            for part in grams[1:]:
-                total += part
-            if members[0].index is not None and rows(group) < MINIMUM_ROUTED_ROWS:
-                grams = [torch.zeros_like(part) for part in grams]
-                total.zero_()
-            spectrum = decompose(total, where=f"the input of {group}")
-            for map_ in members:
-                mean = map_.matrix(anchor, bias=False)
-                experts = [map_.matrix(partial(weights.expert, index), bias=False) for index in range(weights.count)]
-                pull, energy = residual_and_energy(mean, experts, grams)
-                posterior = factor(spectrum, mean, pull)
-                evidence = Evidence(posterior, energy, rows(group))
-                problems.append(Problem(map_, posterior, map_.matrix(weights.base, bias=False), evidence))
-            bar.advance()
-    return Assembler(problems, anchor)
-
-
-def propagated(
-    maps: Sequence[LinearMap],
-    weights: ExpertWeights,
-    anchor: TensorOf,
-    moments: Callable[[str], Moments],
-    walked: Mapping[str, float] = MappingProxyType({}),
-) -> Assembler:
-    """Return the assembler of weights and biases regressed on what the merged model itself reads.
-
-    Args:
-        maps: the maps to regress.
-        weights: base and experts.
-        anchor: gives the anchor's tensor by canonical name.
-        moments: gives the moments by input group.
-        walked: by map, the `λ` with which the walk went on.
-    """
-    problems = []
-    groups = _by_group(maps)
-    with progress("factoring the moments", len(groups)) as bar:
-        for group, members in groups.items():
-            found = trusted(moments(group), members)
-            spectrum = found.spectrum(f"the input of {group}")
-            for map_ in members:
-                mean = map_.matrix(anchor)
-                posterior = found.posterior(spectrum, map_.module, mean)
-                evidence = Evidence(posterior, found.error(map_.module, mean), sum(found.rows))
-                problems.append(Problem(map_, posterior, map_.matrix(weights.base), evidence))
-            bar.advance()
-    return Assembler(problems, anchor, walked)
-
-
-def _by_group(maps: Sequence[LinearMap]) -> dict[str, list[LinearMap]]:
-    groups: dict[str, list[LinearMap]] = {}
-    for map_ in maps:
-        groups.setdefault(map_.input_group, []).append(map_)
-    return groups
+        self._problems.maps[module].place(solution, into)

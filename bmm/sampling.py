@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from bmm.assembly import Assembler, Problem
+from bmm.assembly import Assembler
+from bmm.problems import Problem
 from bmm.regression.moments import Moments
 from bmm.regression.sample import (
     deviation,

@@ -11,7 +11,7 @@ on the same arithmetic whatever dtype they are published in.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,6 +134,23 @@ class TaskModel:
         targets = {name: target for name, target in _named(self.encoder).items() if name not in self._travelling}
         _copy(targets, state, _computed(self.encoder), f"the encoder of {self.task}")
         self._state.loaded = True
+
+    def expect_encoder(self, names: Collection[str], give: Callable[[str], Tensor]) -> None:
+        """Make ready for parameters that come and go: check that each will be given, and copy in what is no parameter.
+
+        Args:
+            names: canonical names of what `give` gives, all of `encoder_names`.
+            give: gives a tensor by name.
+
+        Raises:
+            BMMError: a name is missing, or a buffer is of another shape.
+        """
+        parameters = {name for name, _ in self.encoder.named_parameters(remove_duplicate=False)}
+        targets = {name: target for name, target in _named(self.encoder).items() if name not in self._travelling}
+        what = f"the encoder of {self.task}"
+        _require_all(targets, names, what)
+        buffers = {name: target for name, target in targets.items() if name not in parameters}
+        _copy(buffers, {name: give(name) for name in buffers}, (), what)
 
     def encoder_names(self) -> list[str]:
         """Return the canonical names that `load_encoder` takes, in model order, tied ones too."""
@@ -272,10 +289,15 @@ def _copy(targets: Mapping[str, Tensor], given: Mapping[str, Tensor], computed: 
             raise BMMError(
                 f"{what} is given {name} of shape {tuple(tensor.shape)}, but has it as {tuple(targets[name].shape)}"
             )
+    _require_all(targets, given, what)
+    with torch.no_grad():
+        for name, tensor in given.items():
+            targets[name].copy_(tensor)
+
+
+def _require_all(targets: Mapping[str, Tensor], given: Collection[str], what: str) -> None:
+    """Refuse where a target is reached by none of its names."""
     reached = {id(targets[name]) for name in given}
     for name, target in targets.items():
         if id(target) not in reached:
             raise BMMError(f"{what} is not given {name}")
-    with torch.no_grad():
-        for name, tensor in given.items():
-            targets[name].copy_(tensor)

@@ -44,39 +44,51 @@ def collect(
     Raises:
         BMMError: a map was never reached, or its input is not finite; the message names it.
     """
-    found = _Collection(maps)
+    found = Collection(maps)
     with torch.inference_mode(), Watch(encoder, found) as watch:
         for batch in batches:
             watch.set_masks(masks_of(batch))
             encoder(**batch)
-    for map_ in maps:
-        name = map_.input_group
-        if name not in found.sums:
-            if map_.index is None:
-                raise BMMError(
-                    f"the map {map_.module} was never reached by a calibration row, so it has no Gram matrix"
-                )
-            # No token was sent to this expert of the mixture; with no rows the regression keeps the anchor.
-            found.sums[name] = GramSum(torch.zeros(map_.inputs, map_.inputs, dtype=torch.float64), 0)
-        if not bool(torch.isfinite(found.sums[name].total).all()):
-            raise BMMError(
-                f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?"
-            )
-    return found.sums
+    return found.checked()
 
 
-class _Collection(Observer):
+class Collection(Observer):
+    """The Gram sums of some maps' inputs, as a watch sees them.
+
+    Args:
+        maps: one map of each input group that is wanted.
+    """
+
     def __init__(self, maps: Sequence[LinearMap]) -> None:
+        self._maps = maps
         self._wanted: dict[Site, str] = {map_.site: map_.input_group for map_ in maps}
-        self.sums: dict[str, GramSum] = {}
+        self._sums: dict[str, GramSum] = {}
+
+    def checked(self) -> dict[str, GramSum]:
+        """Return the sum of every input group; raises as `collect` does."""
+        for map_ in self._maps:
+            name = map_.input_group
+            if name not in self._sums:
+                if map_.index is None:
+                    raise BMMError(
+                        f"the map {map_.module} was never reached by a calibration row, so it has no Gram matrix"
+                    )
+                # No token was sent to this expert of the mixture; with no rows the regression keeps the anchor.
+                self._sums[name] = GramSum(torch.zeros(map_.inputs, map_.inputs, dtype=torch.float64), 0)
+            if not bool(torch.isfinite(self._sums[name].total).all()):
+                raise BMMError(
+                    f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?"
+                )
+        return self._sums
 
     def read(self, product: Product) -> None:
+        """Add the rows of one product."""
         name = self._wanted.get(product.site)
         if name is None:
             return
         rows = product.unpadded(product.rows).to(torch.float32)
         part = GramSum((rows.T @ rows).to(torch.float64), rows.shape[0])
-        if name in self.sums:
-            self.sums[name].add(part)
+        if name in self._sums:
+            self._sums[name].add(part)
         else:
-            self.sums[name] = part
+            self._sums[name] = part

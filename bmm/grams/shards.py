@@ -2,42 +2,47 @@
 
 A shard's result is a pure function of the expert's weights, the rows and the settings, stored under a key made of
 exactly these; computing it twice (a worker died, a run was killed) costs time and changes nothing. The sum runs over
-the list of shards, each once, in row order, in float64: the same bytes whoever computed what.
+the list of shards, each once, in row order, in float64: the same bytes whoever computed what, with the whole expert in
+memory or one layer at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bmm.checkpoint.architecture import encoder_names
+from bmm.checkpoint.mapped import mapped
+from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.verified import open_verified
 from bmm.digest import canonical_json
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
+from bmm.grams.stream import Stream
 from bmm.kinds.registry import kind_of
 from bmm.modules.linear import LinearMap
+from bmm.modules.units import units_of
 from bmm.prediction import read_split
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 from bmm.threads import one_thread
 
-SHARD_VERSION = 2
-_WHERE = ("store", "expert_path", "expert_base", "data")
+SHARD_VERSION = 3
+_WHERE = ("store", "expert_path", "expert_base", "data", "streamed")
 
 
 @dataclass(frozen=True)
 class ShardRequest:
     """Everything that a worker needs for one shard; plain JSON values, so that it travels anywhere.
 
-    The first block decides the result and makes the key, the second says where things lie. `maps` are one map of each
-    input group, as JSON values.
+    The first block decides the result and makes the key, the second says where things lie, and whether the expert is
+    `streamed`, a layer at a time. `maps` are one map of each input group, as JSON values.
     """
 
     expert_digest: str
@@ -52,6 +57,7 @@ class ShardRequest:
     expert_path: str
     data: Mapping[str, str]
     expert_base: str | None = None
+    streamed: bool = False
 
     def key(self) -> str:
         """Return the key of the shard's artefact."""
@@ -74,19 +80,16 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
 
     def make(draft: Draft) -> None:
         split = read_split(store.read(Reference.from_json(request.data)), "calibration")
-        model = _loaded(
-            request.expert_path,
-            request.expert_base,
-            request.expert_digest,
-            canonical_json(request.reading),
-            request.batch_size,
-        )
-        prepared = model.prepare(split.rows[request.start : request.stop])
-        sums = collect(model.encoder, model.batches(prepared), [LinearMap.from_json(value) for value in request.maps])
-        tensors = {name: part.total for name, part in sums.items()}
-        save_file(tensors, draft.path / "sums.safetensors")
+        maps = [LinearMap.from_json(value) for value in request.maps]
+        rows: dict[str, int] = {}
+        # A file for each unit of the network, written before the next part of it is computed.
+        for sums in _sums(request, maps, split.rows[request.start : request.stop]):
+            for place, unit in enumerate(units_of(maps)):
+                if found := {group: sums[group].total for group in unit.groups if group in sums}:
+                    save_file(found, draft.path / f"sums-{place:05}.safetensors")
+            rows |= {name: part.rows for name, part in sums.items()}
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
-        draft.write_json("rows.json", {name: part.rows for name, part in sums.items()})
+        draft.write_json("rows.json", rows)
 
     # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
     with one_thread():
@@ -94,29 +97,50 @@ def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
     return reference.to_json()
 
 
+def _sums(request: ShardRequest, maps: Sequence[LinearMap], rows: Sequence[Any]) -> Iterator[dict[str, GramSum]]:
+    """Yield the shard's sums: all at once, or a part of the network after the other, whole units at a time."""
+    where = (request.expert_path, request.expert_base, request.expert_digest)
+    if not request.streamed:
+        model = _loaded(*where, canonical_json(request.reading), request.batch_size)
+        yield collect(model.encoder, model.batches(model.prepare(rows)), maps)
+        return
+    with _opened(*where) as checkpoint:
+        model, names = _built(checkpoint, request.reading, request.batch_size)
+
+        def give(name: str) -> Tensor:
+            return checkpoint.tensor(names[name])
+
+        model.expect_encoder(names, give)
+        yield from Stream(model.encoder, names, give, list(model.batches(model.prepare(rows))), maps).sums()
+
+
+def _opened(path: str, base: str | None, digest: str) -> Checkpoint:
+    return open_verified(Path(path), digest, Path(base) if base else None)
+
+
 @lru_cache(maxsize=1)
 def _loaded(path: str, base: str | None, digest: str, reading: str, batch_size: int) -> TaskModel:
     """Return the expert ready to run; the last one stays loaded, since shards of one expert come together."""
-    with open_verified(Path(path), digest, Path(base) if base else None) as checkpoint:
-        said = json.loads(reading)
-        kind = kind_of(said["kind"])
-        model = kind.build(checkpoint.config, checkpoint.tokenizer_folder, said, batch_size, Path(path).name)
-        names = encoder_names(checkpoint, kind.architecture.prefix(checkpoint.config))
-        state = {name: checkpoint.tensor(names[name]) for name in model.encoder_names() if name in names}
-        model.load_encoder(state)
+    with _opened(path, base, digest) as checkpoint:
+        model, names = _built(checkpoint, json.loads(reading), batch_size)
+        model.load_encoder({name: checkpoint.tensor(stored) for name, stored in names.items()})
         return model
 
 
-def reduce(shards: Sequence[Artefact], groups: Sequence[str]) -> dict[str, GramSum]:
-    """Add up the shards in the order given, one input group at a time, in float64."""
-    sums: dict[str, GramSum] = {}
-    for shard in shards:
-        rows = shard.read_json("rows.json")
-        with safe_open(shard.file("sums.safetensors"), framework="pt") as handle:
-            for name in groups:
-                part = GramSum(handle.get_tensor(name), rows[name])
-                if name in sums:
-                    sums[name].add(part)
-                else:
-                    sums[name] = part
-    return sums
+def _built(checkpoint: Checkpoint, said: Mapping[str, Any], batch_size: int) -> tuple[TaskModel, dict[str, str]]:
+    """Return the expert's model without weights, and canonical -> stored name of those that it takes."""
+    kind = kind_of(said["kind"])
+    model = kind.build(checkpoint.config, checkpoint.tokenizer_folder, said, batch_size, checkpoint.path.name)
+    stored = encoder_names(checkpoint, kind.architecture.prefix(checkpoint.config))
+    return model, {name: stored[name] for name in model.encoder_names() if name in stored}
+
+
+def reduce(shards: Sequence[Artefact], groups: Sequence[str]) -> Iterator[tuple[str, GramSum]]:
+    """Yield every input group's sum over the shards in the order given, in float64, one group at a time."""
+    files = [mapped(sorted(shard.path.glob("sums-*.safetensors"))) for shard in shards]
+    rows = [shard.read_json("rows.json") for shard in shards]
+    for name in groups:
+        total = GramSum(files[0][name].tensor(name).clone(), rows[0][name])
+        for file, counted in zip(files[1:], rows[1:], strict=True):
+            total.add(GramSum(file[name].tensor(name), counted[name]))
+        yield name, total

@@ -1,1 +1,1 @@
-"""Which parameters are linear maps, which of them read the same input, and where in the network they stand."""
+"""Which parameters are linear maps, where in the network they stand, and running it a layer at a time."""

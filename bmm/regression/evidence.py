@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,12 +36,28 @@ _ROUNDING = 1e-13
 class Evidence:
     """The marginal likelihood of one map as a function of the relative prior strength `λ`.
 
-    `energy` is `C`, from `bmm.regression.posterior.residual_and_energy`; `rows` is `N`, of all experts.
+    Attributes:
+        eigenvalues: `s` (in,), float64, of the sum of Gram matrices.
+        trace: its trace.
+        pull: `‖P_j‖²` for each direction (in,), float64, of the posterior's projection `P`.
+        outputs: rows of the map's weight.
+        energy: `C`, from `bmm.regression.posterior.residual_and_energy`.
+        rows: `N`, of all experts.
     """
 
-    posterior: Posterior
+    eigenvalues: Tensor
+    trace: float
+    pull: Tensor
+    outputs: int
     energy: float
     rows: int
+
+    @classmethod
+    def of(cls, posterior: Posterior, energy: float, rows: int) -> Evidence:
+        """Return the evidence of a map with this posterior, without holding on to it."""
+        spectrum = posterior.spectrum
+        outputs = posterior.anchor.shape[0]
+        return cls(spectrum.eigenvalues, spectrum.trace, posterior.projection.square().sum(0), outputs, energy, rows)
 
     def log(self, lam: float) -> float:
         """Return `log p(λ)`, with `λ̄ = λ · tr(Σ G_t)/in`.
@@ -55,23 +70,16 @@ class Evidence:
         """
         if not 0 < lam < math.inf:
             raise BMMError(f"the evidence is of a positive, finite prior strength, not of {lam}")
-        spectrum = self.posterior.spectrum
-        if spectrum.trace == 0:
+        if self.trace == 0:
             return 0.0
-        outputs, inputs = self.posterior.anchor.shape
-        strength = lam * spectrum.trace / inputs
-        price = outputs / 2 * float(torch.log1p(spectrum.eigenvalues / strength).sum())
+        strength = lam * self.trace / self.eigenvalues.numel()
+        price = self.outputs / 2 * float(torch.log1p(self.eigenvalues / strength).sum())
         if self.energy <= 0:
             return -price
-        explained = float((self._pull / (spectrum.eigenvalues + strength)).sum())
+        explained = float((self.pull / (self.eigenvalues + strength)).sum())
         left = max(self.energy - explained, _ROUNDING * self.energy)
-        count = outputs * self.rows
+        count = self.outputs * self.rows
         return -count / 2 * (math.log(2 * math.pi * left / count) + 1) - price
-
-    @cached_property
-    def _pull(self) -> Tensor:
-        """`‖P_j‖²` for each direction `(in,)`."""
-        return self.posterior.projection.square().sum(0)
 
 
 def most_probable(maps: Sequence[Evidence], log10_lambda: tuple[float, float]) -> float:

@@ -133,11 +133,38 @@ def residual_and_energy(anchor: Tensor, experts: Iterable[Tensor], grams: Iterab
     Raises:
         BMMError: there is not one Gram for each expert, or shapes do not fit.
     """
-    anchor = anchor.to(torch.float64)
-    total, energy = torch.zeros_like(anchor), 0.0
+    pull = Pull(anchor)
     for expert, gram in zip_longest(experts, grams):
         if expert is None or gram is None:
             raise BMMError("the number of experts' weights differs from the number of Gram matrices")
+        pull.add(expert, gram)
+    return pull.total, pull.energy
+
+
+class Pull:
+    """What draws a map away from its anchor, an expert at a time.
+
+    Args:
+        anchor: `W_a` (out, in).
+
+    Attributes:
+        anchor: the same, float64.
+        total: `Σ_t D_t G_t` (out, in) so far, float64, with `D_t = W_t − W_a`.
+        energy: `Σ_t tr(D_t G_t D_tᵀ)` so far.
+    """
+
+    def __init__(self, anchor: Tensor) -> None:
+        self.anchor = anchor.to(torch.float64)
+        self.total = torch.zeros_like(self.anchor)
+        self.energy = 0.0
+
+    def add(self, expert: Tensor, gram: Tensor) -> None:
+        """Add one expert's weight (out, in) and Gram matrix (in, in).
+
+        Raises:
+            BMMError: shapes do not fit.
+        """
+        anchor = self.anchor
         if expert.shape != anchor.shape or gram.shape != (anchor.shape[1], anchor.shape[1]):
             raise BMMError(
                 f"an expert's weight {tuple(expert.shape)} and Gram matrix {tuple(gram.shape)} do not fit "
@@ -145,9 +172,8 @@ def residual_and_energy(anchor: Tensor, experts: Iterable[Tensor], grams: Iterab
             )
         difference = expert.to(torch.float64) - anchor
         product = difference @ gram.to(torch.float64)
-        total += product
-        energy += float((product * difference).sum())
-    return total, energy
+        self.total += product
+        self.energy += float((product * difference).sum())
 
 
 def factor(spectrum: Spectrum, anchor: Tensor, residual: Tensor) -> Posterior:

@@ -22,18 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bmm.errors import BMMError
+from bmm.modules.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.modules.linear import LinearMap
+from bmm.modules.residence import Give, Resident
+from bmm.modules.units import Unit, layers_of, units_of
 from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch, masks_of
-from bmm.regression.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.regression.moments import Moments, TaskSums
-from bmm.regression.residence import Give, Resident
-from bmm.regression.units import Unit, layers_of, units_of
 
 SMALLEST_SCALE = 0.05
 """Where a layer scales a channel by less before adding it, the drift is not divided by it: noise would win."""
@@ -70,11 +69,6 @@ class Walk:
         self._of_expert = Resident(expert, names)
         self._prior = prior
         self._weight = weight
-        for encoder in (merged, expert):
-            config: Any = getattr(encoder, "config", None)
-            if getattr(config, "use_cache", False):
-                # A cache would grow with every time that a layer is run again.
-                config.use_cache = False
         self._tasks = [[_Step(batch) for batch in task] for task in batches]
         self._held_out = held_out
         self.units = units_of(maps)

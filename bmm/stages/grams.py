@@ -6,6 +6,7 @@ shard is missing. The sources that need no forward pass are `bmm.stages.gram_sou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from typing import Any
 
 from bmm.grams import store as gram_store
 from bmm.grams.cluster import run_all, workers
+from bmm.grams.memory import whole_bytes
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.prediction import read_split
 from bmm.progress import progress
 from bmm.recipe import ClusterSettings
+from bmm.sizes import parse_bytes
 from bmm.sources import Expert
 from bmm.stages.gram_sources import GRAM_VERSION, blended, from_task_vectors, given
 from bmm.stages.request import Request, Work
@@ -42,9 +45,19 @@ class GramJob:
 
 
 def plan_job(
-    work: Work, expert: Expert, data: Reference, maps: Sequence[LinearMap], shard_rows: int, batch_size: int
+    work: Work,
+    expert: Expert,
+    data: Reference,
+    maps: Sequence[LinearMap],
+    shard_rows: int,
+    batch_size: int,
+    *,
+    streamed: bool = False,
 ) -> GramJob:
-    """Describe one expert's Grams; they depend on that expert, its calibration rows and the settings alone."""
+    """Describe one expert's Grams; they depend on that expert, its calibration rows and the settings alone.
+
+    With `streamed` the expert's layers come into memory one at a time, for the same bytes.
+    """
     split = read_split(work.read(data), "calibration")
     whole = ShardRequest(
         expert_digest=expert.model.digest,
@@ -58,6 +71,7 @@ def plan_job(
         expert_path=expert.model.path,
         expert_base=expert.model.base,
         data=data.to_json(),
+        streamed=streamed,
     )
     inputs = {"expert": expert.model.digest, "calibration": split.digest}
     settings = {
@@ -106,7 +120,7 @@ def _sum(work: Work, job: GramJob) -> Reference:
         shards = [work.read(Reference.from_json(compute_shard(dict(vars(shard))))) for shard in job.shards]
         groups = [values["input_group"] for values in job.settings["maps"]]
         provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
-        gram_store.write(draft.path / "grams.zarr", sorted(reduce(shards, groups).items()), provenance)
+        gram_store.write(draft.path / "grams.zarr", reduce(shards, sorted(groups)), provenance)
 
     reference = work.obtain("grams", job.inputs, make, settings=job.settings, version=GRAM_VERSION)
     # The shards are summed and the sum is durable: they have done their work.
@@ -139,6 +153,9 @@ def grams(work: Work, request: Request) -> dict[str, Any]:
 def _from_activations(work: Work, request: Request, setup: Setup) -> dict[str, Reference]:
     """Collect the Grams of every expert over its own calibration rows."""
     readers = list({map_.input_group: map_ for map_ in reversed(setup.regressed)}.values())[::-1]
+    cluster = ClusterSettings.model_validate(request.where["cluster"])
+    weights = sum(math.prod(parameter.shape) for parameter in setup.layout.shared)
+    streamed = whole_bytes(weights, [map_.inputs for map_ in readers]) > parse_bytes(cluster.memory_limit)
     jobs = [
         plan_job(
             work,
@@ -147,7 +164,8 @@ def _from_activations(work: Work, request: Request, setup: Setup) -> dict[str, R
             readers,
             request.settings["shard_rows"],
             request.settings["batch_size"],
+            streamed=streamed,
         )
         for expert in setup.experts
     ]
-    return compute(work, jobs, ClusterSettings.model_validate(request.where["cluster"]))
+    return compute(work, jobs, cluster)

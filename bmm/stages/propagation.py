@@ -8,6 +8,7 @@ and the walk itself is `bmm.regression.propagate`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,23 +20,25 @@ from distributed import Client
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bmm.assembly import Solved
+from bmm.checkpoint.mapped import mapped
 from bmm.digest import digest_json
 from bmm.grams.cluster import run_all, worker_count, workers
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
+from bmm.modules.units import Unit, units_of
 from bmm.prediction import StoredWeights
 from bmm.progress import Bar, progress
 from bmm.recipe import ClusterSettings
 from bmm.regression.held_out import best_lambda
 from bmm.regression.moments import Moments, total, trusted
 from bmm.regression.settings import DEFAULT_LAMBDA, RegressionSettings
-from bmm.regression.units import Unit, units_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
 from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file, solved_over
 from bmm.store import Artefact, Draft, Reference
 
-WALK_VERSION = 5
+WALK_VERSION = 6
 _MOMENTS = "moments.safetensors"
 
 
@@ -47,11 +50,13 @@ class Walked:
         moments: gives the moments of an input group.
         lambdas: by map, the `λ` that it was solved with on the way.
         prior: gives the tensors that the last round leaned on: the anchor's, or those of the round before.
+        solved: gives what became of a map at that `λ`.
     """
 
     moments: Callable[[str], Moments]
     lambdas: Mapping[str, float]
     prior: Callable[[str], torch.Tensor]
+    solved: Callable[[str], Solved]
 
 
 def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) -> Walked:
@@ -93,12 +98,22 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
             before = done
     place: dict[str, Artefact] = {}
     lambdas: dict[str, float] = {}
+    conditions: dict[str, float | None] = {}
+    unreached: set[str] = set()
     for unit, reference in zip(units, before, strict=True):
         artefact = work.read(reference)
         place |= dict.fromkeys(unit.groups, artefact)
-        lambdas |= artefact.read_json("unit.json")["lambdas"]
+        said = artefact.read_json("unit.json")
+        lambdas |= said["lambdas"]
+        conditions |= said["conditions"]
+        unreached |= set(said["anchored"])
     members = _members(setup.regressed)
-    return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas, prior)
+    solutions = mapped(artefact.file(SOLUTIONS) for artefact in map(work.read, before))
+
+    def solved(module: str) -> Solved:
+        return Solved(solutions[module].tensor(module), conditions[module], module in unreached)
+
+    return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas, prior, solved)
 
 
 def read_moments(artefact: Artefact, group: str, modules: Sequence[str]) -> Moments:
@@ -170,6 +185,8 @@ class _Walker:
         tensors: dict[str, torch.Tensor] = {}
         solutions: dict[str, torch.Tensor] = {}
         lambdas: dict[str, float] = {}
+        conditions: dict[str, float | None] = {}
+        anchored: list[str] = []
         rows: dict[str, tuple[int, ...]] = {}
         folder = draft.progress
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,15 +199,20 @@ class _Walker:
                 anchor = map_.matrix(self._prior)
                 lam = self._lambda if not folds else _chosen(folds, map_, anchor)
                 lambdas[map_.module] = lam
-                mean = everything.posterior(spectrum, map_.module, anchor).mean(lam)
-                found[map_.module] = mean.to(torch.float32).contiguous()
+                posterior = everything.posterior(spectrum, map_.module, anchor)
+                found[map_.module] = posterior.mean(lam).to(torch.float32).contiguous()
+                condition = posterior.condition(lam)
+                conditions[map_.module] = condition if math.isfinite(condition) else None
+                if spectrum.trace == 0:
+                    anchored.append(map_.module)
             save_file(found, solution_file(folder, place))
             solutions |= found
             tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
             rows[group] = everything.rows
         save_file(tensors, draft.path / _MOMENTS)
         save_file(solutions, draft.path / SOLUTIONS)
-        draft.write_json("unit.json", {"name": unit.name, "rows": rows, "lambdas": lambdas})
+        said = {"rows": rows, "lambdas": lambdas, "conditions": conditions, "anchored": anchored}
+        draft.write_json("unit.json", {"name": unit.name, **said})
 
     def _start(self) -> None:
         if self._shares:

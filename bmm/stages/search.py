@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from bmm.assembly import Assembler, Solved, module_wise, propagated
+from bmm.assembly import Assembler, Solved
 from bmm.errors import CheckpointError
 from bmm.evaluation.metrics import mean_ratio_to_expert
 from bmm.grams.store import GramReader
 from bmm.prediction import StoredWeights
+from bmm.problems import module_wise, propagated
 from bmm.progress import progress
 from bmm.regression.settings import RegressionSettings
 from bmm.search.run import Outcome, search
@@ -67,21 +68,21 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
     dtype = DTYPES[request.settings["dtype"]]
     dtypes = published_dtypes(setup, dtype)
     with setup.weights() as weights:
-        rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
         if settings.trials:
+            rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
             # The experts are looked at first: a task that none can do is told before the long part.
             objective = _Objective(work, request, setup, groups, rest, dtypes)
             assembler = assembler_of(work, request, setup, weights, anchored)
             chosen, told = _searched(request, settings, draft, objective, assembler)
         else:
-            assembler = assembler_of(work, request, setup, weights, anchored)
+            assembler = assembler_of(work, request, setup, weights, anchored, keep=False)
             chosen = settings_without_search(
                 strength, groups, assembler.evidence, assembler.walked, settings.log10_lambda
             )
             told = _without_search(settings, strength, chosen)
         rounds = request.settings["regression"].get("rounds", 1)
         treatments = anchor.read_json("treatments.json")
-        _write_best(draft, setup, assembler, weights, treatments, groups, chosen, rest, dtype, rounds)
+        _write_best(draft, setup, assembler, weights, treatments, groups, chosen, anchored, dtype, rounds)
         draft.write_json("search.json", told)
 
 
@@ -179,7 +180,7 @@ def _write_best(
     treatments: Mapping[str, str],
     groups: Mapping[str, str],
     settings: Mapping[str, Setting],
-    rest: Mapping[str, torch.Tensor],
+    anchored: StoredWeights,
     dtype: str | None,
     rounds: int,
 ) -> None:
@@ -195,7 +196,7 @@ def _write_best(
         entry |= {"treatment": treatments[name], "lambda": None, "gamma": None, "condition": None}
         if (shared_rows := weights.parameter(name).shared_rows) is not None:
             entry["shared_rows"] = shared_rows
-        tensor = rest[name]
+        tensor = None
         if members:
             entry |= {"module": groups[members[0]], "treatment": "anchored"}
             if keeps_none or any(chosen[module] != ANCHOR for module in members):
@@ -203,9 +204,9 @@ def _write_best(
                 entry |= _regressed(solved, chosen[members[0]])
         entries[name] = entry
         bar.advance()
-        return tensor
+        return anchored(name) if tensor is None else tensor
 
-    with progress("writing the merged encoder", len(rest)) as bar:
+    with progress("writing the merged encoder", len(weights.names())) as bar:
         write_state(draft.path, setup, get, dtype=dtype)
     draft.write_json("coverage.json", [entries[name] for name in sorted(entries)])
 
@@ -257,22 +258,25 @@ def module_groups(setup: Setup, per: Per) -> dict[str, str]:
 
 
 def assembler_of(
-    work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights
+    work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights, *, keep: bool = True
 ) -> Assembler:
-    """Return the assembler of the maps that the request of a search asks for."""
+    """Return the assembler of the maps that the request of a search asks for; with `keep` every factor is held."""
     if request.settings["regression"]["mode"] == "propagated":
         walked = walk(work, request, setup, anchored)
-        return propagated(setup.regressed, weights, walked.prior, walked.moments, walked.lambdas)
+        problems = propagated(setup.regressed, weights, walked.prior, walked.moments, keep=keep)
+        return Assembler(problems, walked.prior, walked.lambdas, walked.solved)
     grams = gram_readers(work, request, setup)
     settings = RegressionSettings.model_validate(request.settings["regression"])
     counts = settings.weights([expert.name for expert in setup.experts])
-    return module_wise(
+    problems = module_wise(
         setup.regressed,
         weights,
         anchored,
         lambda index, group: grams[index].gram(group) * counts[index],
         lambda group: sum(reader.rows(group) for reader in grams),
+        keep=keep,
     )
+    return Assembler(problems, anchored)
 
 
 def gram_readers(work: Work, request: Request, setup: Setup) -> list[GramReader]:

@@ -62,7 +62,9 @@ def settings_without_search(
         if strength == "evidence":
             return most_probable([evidence(module) for module in members[group]], log10_lambda)
         if strength == "held-out":
-            return math.exp(statistics.fmean(math.log(held_out[module]) for module in members[group]))
+            found = [held_out[module] for module in members[group]]
+            # As it stands where all agree, so that what the walk has solved with it holds.
+            return found[0] if len(set(found)) == 1 else math.exp(statistics.fmean(map(math.log, found)))
         return float(strength[group] if isinstance(strength, Mapping) else strength)
 
     return {group: Setting(of(group), GAMMA) for group in members}

@@ -22,14 +22,15 @@ from safetensors import safe_open
 from torch import nn
 
 from bmm.checkpoint.layout import dotted
+from bmm.checkpoint.mapped import mapped
 from bmm.evaluation.vocabulary import fill, joined, shifted
+from bmm.modules.chain import Batch
 from bmm.modules.linear import LinearMap
+from bmm.modules.residence import Give
 from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
-from bmm.regression.chain import Batch
 from bmm.regression.held_out import is_held_out
 from bmm.regression.moments import Moments
 from bmm.regression.propagate import Walk
-from bmm.regression.residence import Give
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Artefact, Reference, Store
@@ -129,10 +130,7 @@ def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefac
         maps: all maps that are regressed.
         walked: the artefacts of the round's units; with none, it is the prior.
     """
-    solutions: dict[str, Any] = {}
-    for artefact in walked:
-        handle: Any = safe_open(artefact.file(SOLUTIONS), framework="pt")
-        solutions |= dict.fromkeys(handle.keys(), handle)
+    solutions = mapped(artefact.file(SOLUTIONS) for artefact in walked)
     inside: dict[str, list[LinearMap]] = {}
     for map_ in maps:
         for name in map_.parameters:
@@ -145,7 +143,7 @@ def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefac
             return tensor
         tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         for map_ in inside[name]:
-            map_.place_one(name, solutions[map_.module].get_tensor(map_.module), tensor)
+            map_.place_one(name, solutions[map_.module].tensor(map_.module), tensor)
         return tensor
 
     return give

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from bmm.modules.linear import LinearMap
+from bmm.modules.units import Unit
 from bmm.modules.watch import Addition, Observer, Product
 from bmm.prediction import StoredWeights
 from bmm.regression.moments import Moments, total, trusted
 from bmm.regression.propagate import Walk
-from bmm.regression.units import Unit
 from bmm.stages.anchor import write_state
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import setup_of

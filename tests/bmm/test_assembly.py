@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmm.assembly import Assembler, module_wise
+from bmm.assembly import Assembler, Solved
 from bmm.modules.linear import LinearMap
+from bmm.problems import module_wise
 from bmm.search.space import Setting
 
 QUERY = LinearMap("a.query", 5, 4, "a.query", "qkv", 0, "a.query.weight")
@@ -28,7 +30,7 @@ class Case:
     grams: list[dict[str, torch.Tensor]]
     asked: list[tuple[int, str]]
 
-    def assembler(self) -> Assembler:
+    def assembler(self, *, keep: bool = True) -> Assembler:
         case = self
 
         class Weights:
@@ -45,7 +47,9 @@ class Case:
             return case.grams[index][group]
 
         rows = 50 * len(self.experts)
-        return module_wise(MAPS, Weights(), self.anchor.__getitem__, gram, lambda _: rows)  # type: ignore[arg-type]
+        weights: Any = Weights()
+        problems = module_wise(MAPS, weights, self.anchor.__getitem__, gram, lambda _: rows, keep=keep)
+        return Assembler(problems, self.anchor.__getitem__)
 
 
 def case(seed: int = 0, experts: int = 3) -> Case:
@@ -129,6 +133,30 @@ def test_each_gram_is_read_once_whatever_is_solved() -> None:
     )
 
 
+def test_factors_that_are_not_held_give_the_same_weights_and_are_made_once_in_order() -> None:
+    made, other = case(), case()
+    settings = {map_.module: Setting(0.1, 0.9) for map_ in MAPS}
+    held = made.assembler().weights(settings)
+    once = other.assembler(keep=False)
+    assert other.asked == []
+    for name, tensor in once.weights(settings).items():
+        assert torch.equal(tensor, held[name])
+    assert sorted(other.asked) == sorted(made.asked)
+
+
+def test_what_a_walk_has_solved_is_taken_from_it_where_the_setting_is_its_own() -> None:
+    made = case()
+    solution = torch.full((3, 4), 7.0)
+    problems = made.assembler(keep=False).problems
+    assembler = Assembler(problems, made.anchor.__getitem__, {"a.key": 0.1}, lambda _: Solved(solution, 3.0))
+    assert assembler.solve("a.key", Setting(0.1, 1.0)) == Solved(solution, 3.0)
+    assert made.asked == []
+    for other in (Setting(0.2, 1.0), Setting(0.1, 0.9)):
+        assert not torch.equal(assembler.solve("a.key", other).solution, solution)
+    assert assembler.solve("a.key", Setting(0.1, 1.0), lambda problem, _: problem.base * 0).solution.shape == (3, 4)
+    assert made.asked
+
+
 def test_a_weight_that_overflows_is_named() -> None:
     made = case()
     made.anchor["a.key.weight"] = torch.full((3, 4), 3e38)
@@ -145,4 +173,6 @@ def test_the_evidence_of_a_map_is_made_of_the_experts_distance_to_the_anchor() -
         sum(float((d @ g @ d.T).trace()) for d, g in zip(apart, grams, strict=True)), rel=1e-10
     )
     assert found.rows == 150
-    assert torch.equal(found.posterior.mean(0.3), made.assembler()._problems["a.key"].posterior.mean(0.3))
+    posterior = made.assembler().problems["a.key"].posterior
+    assert torch.equal(found.pull, posterior.projection.square().sum(0))
+    assert torch.equal(found.eigenvalues, posterior.spectrum.eigenvalues)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bmm.assembly import Assembler, Problem
+from bmm.assembly import Assembler
 from bmm.modules.linear import LinearMap
+from bmm.problems import Problem, Problems
 from bmm.regression.evidence import Evidence
 from bmm.regression.posterior import decompose, factor
 from bmm.regression.sample import deviation, effective_rows, noise_variance, settled_directions, standard_normal
@@ -45,8 +46,8 @@ class Case:
             name, mean = map_.weight, self.anchor[map_.weight]
             pull = sum((self.expert(t, name) - mean) @ gram for t, gram in enumerate(self.grams))
             posterior = factor(spectrum, mean, pull)
-            problems.append(Problem(map_, posterior, self.start[name], Evidence(posterior, 1.0, sum(self.counts))))
-        return Assembler(problems, self.anchor.__getitem__)
+            problems.append(Problem(map_, posterior, self.start[name], Evidence.of(posterior, 1.0, sum(self.counts))))
+        return Assembler(Problems(MAPS, lambda _: problems, biases=False, keep=True), self.anchor.__getitem__)
 
     def noise(self, settings: dict[str, Setting]):
         return module_wise_noise(

@@ -63,7 +63,7 @@ def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardR
 
 def summed(requests: list[ShardRequest]) -> dict[str, GramSum]:
     store = Store(Path(requests[0].store))
-    return reduce([store.read(Reference.from_json(compute_shard(vars(one)))) for one in requests], GROUPS)
+    return dict(reduce([store.read(Reference.from_json(compute_shard(vars(one)))) for one in requests], GROUPS))
 
 
 @settings(max_examples=8, deadline=None)
@@ -89,9 +89,9 @@ def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp
     request = replace(whole, start=3, stop=11)
     first = compute_shard(vars(request))
     folder = Path(whole.store) / "artefacts" / "gram-shard" / first["key"]
-    inode = (folder / "sums.safetensors").stat().st_ino
+    inode = (folder / "sums-00000.safetensors").stat().st_ino
     assert compute_shard(vars(request)) == first
-    assert (folder / "sums.safetensors").stat().st_ino == inode
+    assert (folder / "sums-00000.safetensors").stat().st_ino == inode
     elsewhere = Store(tmp_path / "other")
     rows = Store(Path(whole.store)).read(Reference.from_json(whole.data)).file("calibration.jsonl").read_text()
 
@@ -107,7 +107,7 @@ def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp
 def test_a_damaged_shard_is_computed_again(whole: ShardRequest) -> None:
     request = replace(whole, start=12, stop=20)
     first = compute_shard(vars(request))
-    file = Path(whole.store) / "artefacts" / "gram-shard" / first["key"] / "sums.safetensors"
+    file = Path(whole.store) / "artefacts" / "gram-shard" / first["key"] / "sums-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     assert compute_shard(vars(request)) == first
@@ -126,7 +126,15 @@ def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: S
     }
     keys = {replace(whole, **{name: value}).key() for name, value in changes.items()}  # type: ignore[arg-type]
     assert len(keys | {whole.key()}) == len(changes) + 1
-    assert replace(whole, store="/b", expert_path="/c", data={}).key() == whole.key()
+    assert replace(whole, store="/b", expert_path="/c", data={}, streamed=True).key() == whole.key()
+
+
+def test_a_streamed_expert_gives_the_same_bytes(whole: ShardRequest, tmp_path: Path) -> None:
+    request = replace(whole, start=0, stop=13)
+    first = compute_shard(vars(request))
+    assert Store(Path(whole.store)).discard("gram-shard", request.key())
+    again = compute_shard(vars(replace(request, streamed=True)))
+    assert again == first
 
 
 def test_an_expert_that_was_changed_meanwhile_is_refused(whole: ShardRequest) -> None:

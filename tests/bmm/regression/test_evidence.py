@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ def evidence(anchor: Tensor, experts: list[Tensor], inputs: list[Tensor]) -> Evi
     grams = [rows.T @ rows / rows.shape[0] for rows in inputs]
     total = torch.stack(grams).sum(0)
     pull, energy = residual_and_energy(anchor, experts, grams)
-    return Evidence(factor(decompose(total, where="map"), anchor, pull), energy, sum(rows.shape[0] for rows in inputs))
+    return Evidence.of(
+        factor(decompose(total, where="map"), anchor, pull), energy, sum(rows.shape[0] for rows in inputs)
+    )
 
 
 def dense(anchor: Tensor, experts: list[Tensor], inputs: list[Tensor], lam: float) -> float:
@@ -110,7 +113,7 @@ def test_the_strength_that_made_the_data_is_found_again(lam: float) -> None:
     explained = evidence(anchor, experts, data)
     # Least squares leaves out what no weight can answer; the noise there is as strong as the rest.
     lost = sum(float((rows - inputs) * outputs) for _ in data)
-    whole = Evidence(explained.posterior, explained.energy + lost, explained.rows)
+    whole = replace(explained, energy=explained.energy + lost)
     assert most_probable([whole], (-4.0, 2.0)) == pytest.approx(lam, rel=0.15)
 
 

@@ -19,6 +19,7 @@ from bmm.prediction import read_split
 from bmm.recipe import Recipe
 from bmm.requests import Requests
 from bmm.sampling import Sampler
+from bmm.search.space import Setting
 from bmm.sources import fingerprint_inputs, fingerprint_model
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.sample import Draws, evaluate_samples, require_output
@@ -65,6 +66,15 @@ def test_draws_lie_around_the_published_model(merged: Path) -> None:
     for other in ((1, 0), (0, 1)):
         assert any(not torch.equal(tensor, first[name]) for name, tensor in draws.state(*other).items())
         assert draws.identity(*other) != draws.identity(0, 0)
+
+
+def test_what_the_walk_has_solved_is_what_its_moments_say(merged: Path) -> None:
+    assembler = Finished(merged).draws()._assembler
+    for module, problem in assembler.problems.items():
+        lam = assembler.walked[module]
+        solved = assembler.solve(module, Setting(lam, 1.0))
+        torch.testing.assert_close(solved.solution, problem.posterior.mean(lam).float(), rtol=1e-5, atol=1e-6)
+        assert solved.condition == pytest.approx(problem.posterior.condition(lam), rel=1e-6)
 
 
 def test_the_noise_has_the_width_that_it_says(merged: Path) -> None:

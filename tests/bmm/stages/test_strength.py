@@ -20,7 +20,7 @@ def evidence(module: str) -> Evidence:
     experts = [anchor + torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
     grams = [torch.eye(4, dtype=torch.float64) * size for size in (1.0, 2.0)]
     pull, energy = residual_and_energy(anchor, experts, grams)
-    return Evidence(factor(decompose(grams[0] + grams[1], where=module), anchor, pull), energy, 20)
+    return Evidence.of(factor(decompose(grams[0] + grams[1], where=module), anchor, pull), energy, 20)
 
 
 def chosen(strength: Any) -> dict[str, tuple[float, float]]:

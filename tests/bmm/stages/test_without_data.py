@@ -117,7 +117,7 @@ def test_the_evidence_chooses_without_data(without: Callable[..., Path], pico: P
     grams = [vector.T @ vector / vector.square().sum() for vector in vectors]
     pull, energy = residual_and_energy(anchor, experts, grams)
     spectrum = decompose(torch.stack(grams).sum(0), where=name)
-    evidence = Evidence(factor(spectrum, anchor, pull), energy, 3 * 16)
+    evidence = Evidence.of(factor(spectrum, anchor, pull), energy, 3 * 16)
     assert chosen[name] == pytest.approx(most_probable([evidence], (-4.0, 2.0)), rel=2e-3)
     # Where the strength comes from is a part of the search's key, a seed of no search is not.
     path = without(regression={"lambda": "evidence"}, search={"per": "module", "seed": 5, "gamma": [0.5, 1.5]})

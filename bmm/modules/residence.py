@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class Resident:
 
     def __init__(self, encoder: nn.Module, names: Collection[str]) -> None:
         self.encoder = encoder
+        config: Any = getattr(encoder, "config", None)
+        if getattr(config, "use_cache", False):
+            # A cache would grow with every time that a layer is run again.
+            config.use_cache = False
         known = set(names)
         # Under every name: a tied parameter may be known by another than its first.
         self._everything = dict(encoder.named_parameters(remove_duplicate=False))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bmm.modules.linear import LinearMap
-from bmm.regression.units import layers_of, units_of
+from bmm.modules.units import layers_of, units_of
 
 
 def chain(layers: list[int | None]) -> list[LinearMap]:

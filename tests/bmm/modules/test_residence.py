@@ -10,8 +10,8 @@ from architectures import batches, encoder, hidden_states
 from torch import nn
 
 from bmm.modules.linear import discover
+from bmm.modules.residence import Resident
 from bmm.regression.propagate import Walk
-from bmm.regression.residence import Resident
 
 LAYERS = ("encoder.layer.0", "encoder.layer.1")
 
