@@ -71,7 +71,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "grams": {
             "source": recipe.grams.source,
             "experts": {
-                expert.name: results["grams"].reference("experts", expert.name).digest for expert in inputs.experts
+                name: results["grams"].reference("experts", name).digest for name in results["grams"].outputs["experts"]
             },
         },
         "metrics": {

@@ -71,14 +71,14 @@ def run(recipe: Recipe, store: Store, execute: Execute, *, inputs: Inputs | None
 
 
 def run_stages(
-    recipe: Recipe, inputs: Inputs, store: Store, execute: Execute, stages: tuple[str, ...]
+    recipe: Recipe, inputs: Inputs, store: Store, execute: Execute, stages: tuple[str, ...], *, grams: bool = False
 ) -> dict[str, Result]:
-    """Run some stages in their order and return their results.
+    """Run some stages in their order and return their results; with `grams` those are made whoever reads them.
 
     An artefact that is found damaged by a later stage (it was whole when its own stage looked) has its stage run
     again, once.
     """
-    requests = Requests(recipe, inputs)
+    requests = Requests(recipe, inputs, grams=grams)
     for attempt in (1, 2):
         results: dict[str, Result] = {}
         try:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from bmm.anchors.settings import AnchorSettings, Method, TSVSettings
+from bmm.anchors.settings import AnchorSettings, Method, TSVSettings, of_method
 from bmm.completion import Choices, complete
 from bmm.errors import RecipeError
 from bmm.grams.settings import ActivationGrams, GramSettings
@@ -141,6 +141,13 @@ class Recipe(Part):
         for name, part in vars(choices).items():
             object.__setattr__(self, name, part)
         return self
+
+    @property
+    def reads_grams(self) -> bool:
+        """Whether anything in this merge reads Gram matrices: a walk through the network makes its own."""
+        measured = all("test" in expert.splits() for expert in self.experts)
+        compared = [of_method(method).needs for method in self.evaluation.compare] if measured else []
+        return self.regression.mode == "module-wise" or "gram" in (self.anchor.needs, *compared)
 
     def _needs(self, *, measured: bool) -> list[tuple[str, str]]:
         """Return the splits that anchor and comparison cannot do without, each with the key and what it asks for."""

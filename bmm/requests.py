@@ -22,11 +22,13 @@ class Requests:
     Args:
         recipe: what the user asked for.
         inputs: what it names, fingerprinted.
+        grams: make Gram matrices even where nothing in the merge reads them.
     """
 
-    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+    def __init__(self, recipe: Recipe, inputs: Inputs, *, grams: bool = False) -> None:
         self.recipe = recipe
         self.inputs = inputs
+        self._with_grams = grams or recipe.reads_grams
 
     def build(self, stage: str, results: Results) -> Request:
         """Return the request of a stage, given the results of the stages before it."""
@@ -90,6 +92,8 @@ class Requests:
         return Request("experts", {"base": self.inputs.base.digest, "experts": experts}, {}, where)
 
     def _grams(self, results: Results) -> Request:
+        if not self._with_grams:
+            return self._request("grams", results, {}, {"source": "none"})
         # Where matrices that were made elsewhere lie does not count, only what they are.
         settings = self.recipe.grams.model_dump(mode="json", exclude={"path"})
         given: dict[str, Any] = {}
@@ -142,6 +146,9 @@ class Requests:
             "dtype": self.recipe.dtype,
         }
         given = self._solved_from(results)
+        if regression.mode == "propagated":
+            # The walk has its own.
+            del given["grams"]
         if not search.trials:
             # The settings of the search do not count where there is none, but for what the evidence asks of them.
             kept = {"per", "trials"} | ({"log10_lambda"} if regression.strength == "evidence" else set())

@@ -138,7 +138,8 @@ def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = N
         for name in (expert.name for expert in recipe.experts):
             check_target(output / name)
     opened = Store.open(store, fresh=fresh)
-    results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, ("experts", "task-vectors", "grams"))
+    stages = ("experts", "task-vectors", "grams")
+    results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, stages, grams=True)
     experts = []
     for expert in recipe.experts:
         reference = results["grams"].reference("experts", expert.name)

@@ -8,6 +8,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -223,3 +224,9 @@ AnchorSettings = Annotated[
     | CheckpointAnchorSettings,
     Field(discriminator="method"),
 ]
+
+
+def of_method(method: str) -> AnchorSettings:
+    """Return a method's settings as its authors published them, which are the defaults."""
+    published: AnchorSettings = TypeAdapter(AnchorSettings).validate_python({"method": method})
+    return published

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
-from bmm.anchors.settings import AnchorSettings, ScaledSettings
+from bmm.anchors.settings import AnchorSettings, ScaledSettings, of_method
 from bmm.errors import RecipeError
 from bmm.evaluation.metrics import Bootstrap, Measured, Method, method_rows, share_of_experts, summarise
 from bmm.prediction import Panel, StoredWeights
@@ -104,7 +103,7 @@ def _compared(
 
 def _compared_settings(method: str, settings: EvaluationSettings) -> AnchorSettings:
     """Return a method's settings as its authors published them, which are the defaults, but for the scale if asked."""
-    published: AnchorSettings = TypeAdapter(AnchorSettings).validate_python({"method": method})
+    published = of_method(method)
     if settings.compare_at == "validation" and isinstance(published, ScaledSettings):
         return published.at("validation")
     return published

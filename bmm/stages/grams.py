@@ -130,12 +130,14 @@ def _sum(work: Work, job: GramJob) -> Reference:
 
 
 def grams(work: Work, request: Request) -> dict[str, Any]:
-    """Make every expert's Gram matrices, from the source that the recipe names.
+    """Make every expert's Gram matrices, from the source that the recipe names; none where nothing reads them.
 
     Raises:
         ClusterError: the Dask workers failed for good.
         RecipeError: matrices that were made elsewhere do not fit these experts.
     """
+    if request.settings["source"] == "none":
+        return {"experts": {}}
     setup = setup_of(work, request)
     match request.settings["source"]:
         case "task-vectors":

@@ -174,3 +174,6 @@ def test_the_walk_needs_no_validation_rows(without: Callable[..., Path], in_proc
     lambdas = {entry["lambda"] for entry in made.document["coverage"] if entry["treatment"] == "regressed"}
     assert lambdas == {0.3}
     assert any(entry["parameter"].endswith("bias") for entry in made.document["coverage"] if entry["lambda"] == 0.3)
+    # Nothing reads Gram matrices: the walk makes its own moments, and no method of comparison asks for any.
+    assert made.document["grams"]["experts"] == {}
+    assert "grams" not in {entry.kind for entry in Store(made.output.parent / "store").entries()}

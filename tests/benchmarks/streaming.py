@@ -1,0 +1,137 @@
+"""How much memory a whole merge takes that is larger than it may be: 3 experts of a locally made Llama.
+
+Calibration rows, no validation and no test rows: Gram matrices (or a walk), anchor, regression, and the written model.
+The merge runs through the command in a process of its own; what each of its processes, workers included, had in memory
+at most is the kernel's own count (`VmHWM`), files that are mapped into memory included.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from benchmarks.llama import Shape, make, texts
+
+EXPERTS = 3
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What one merge took.
+
+    Attributes:
+        seconds: from start to end.
+        peaks: bytes that each process had in memory at most: the merge's own, and each worker's.
+        stages: seconds by stage.
+        planned: what `bmm plan` said of each stage before.
+    """
+
+    seconds: float
+    peaks: Mapping[str, int]
+    stages: Mapping[str, float]
+    planned: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the process that had most."""
+        return max(self.peaks.values())
+
+
+def prepare(folder: Path, shape: Shape, rows: int, tokens: int) -> None:
+    """Make base, experts and rows, if they are not there."""
+    if (folder / "done").exists():
+        return
+    base = make(folder / "base", shape, 0)
+    for number in range(EXPERTS):
+        make(folder / f"expert{number}", shape, number + 1, base)
+        lines = [json.dumps({"text": text}) for text in texts(rows, tokens, number)]
+        (folder / f"rows{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "done").touch()
+
+
+def recipe(folder: Path, mode: str, tokens: int, memory: str, workers: int = 1) -> Path:
+    """Write the recipe of a merge without a search, and return its path."""
+    calibration = {"path": "json", "split": "train"}
+    experts = [
+        {
+            "name": f"expert{number}",
+            "model": f"./expert{number}",
+            "task": {
+                "kind": "causal-lm",
+                "text": "text",
+                "max_length": tokens,
+                "calibration": {**calibration, "data_files": f"rows{number}.jsonl"},
+            },
+        }
+        for number in range(EXPERTS)
+    ]
+    value = {
+        "base_model": "./base",
+        "experts": experts,
+        "anchor": {"method": "ta"},
+        "grams": {"source": "activations", "batch_size": 8},
+        "regression": {"mode": mode, "lambda": 0.1},
+        "evaluation": {"batch_size": 8},
+        "cluster": {"workers": workers, "memory_limit": memory},
+        "max_shard_size": "512MiB",
+        "tracking": {"enabled": False},
+        "output": f"./merged-{mode}",
+    }
+    path = folder / f"{mode}.yaml"
+    path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def run(folder: Path, mode: str, tokens: int, memory: str) -> Streamed:
+    """Merge once from an empty store, and return what it took; the store and the output are removed afterwards."""
+    store = folder / f"store-{mode}"
+    shutil.rmtree(store, ignore_errors=True)
+    path = recipe(folder, mode, tokens, memory)
+    bmm = [sys.executable, "-c", "from flows.cli import main; main()"]
+    said = subprocess.run([*bmm, "plan", str(path), "--store", str(store), "--json"], capture_output=True, check=True)
+    planned = {stage["stage"]: stage for stage in json.loads(said.stdout)["stages"]}
+    started = time.perf_counter()
+    command = [*bmm, "merge", str(path), "--store", str(store), "--no-server", "--json"]
+    with (folder / f"{mode}.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        peaks: dict[str, int] = {}
+        while process.poll() is None:
+            _look(process.pid, peaks)
+            time.sleep(_POLL_SECONDS)
+        output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the merge failed: {(folder / f'{mode}.log').read_text(encoding='utf-8')[-2000:]}")
+    seconds = time.perf_counter() - started
+    merged = Path(json.loads(output)["output"])
+    document = json.loads((merged / "merge.json").read_text(encoding="utf-8"))
+    stages = {name: stage["seconds"] for name, stage in document["stages"].items()}
+    for place in (store, merged):
+        shutil.rmtree(place)
+    return Streamed(seconds, peaks, stages, planned)
+
+
+def _look(pid: int, peaks: dict[str, int]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with suppress(OSError, psutil.NoSuchProcess):
+                name = "merge" if process.pid == pid else f"worker {process.pid}"
+                peaks[name] = max(peaks.get(name, 0), _most(process.pid))
+
+
+def _most(pid: int) -> int:
+    """Return the most bytes that a process has had in memory, by the kernel's count."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
