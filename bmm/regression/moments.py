@@ -39,8 +39,11 @@ class Moments:
 
     def posterior(self, spectrum: Spectrum, module: str, anchor: Tensor) -> Posterior:
         """Return one map's posterior around the anchor `[W_a b_a]`, of the cross moment's shape."""
-        mean = anchor.to(torch.float64)
-        return factor(spectrum, mean, self.cross[module] - mean @ self.gram)
+        return factor(spectrum, anchor.to(torch.float64), self.pull(module, anchor))
+
+    def pull(self, module: str, anchor: Tensor) -> Tensor:
+        """Return what draws one map away from the anchor: `Σ_t (Y_t − X̃_t [W_a b_a]ᵀ)ᵀ X̃_t / rows_t`, float64."""
+        return self.cross[module] - anchor.to(torch.float64) @ self.gram
 
     def error(self, module: str, solution: Tensor) -> float:
         """Return `Σ_t ‖X̃_t [W b]ᵀ − Y_t‖² / rows_t` of one map's solution, of the cross moment's shape."""

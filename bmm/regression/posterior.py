@@ -28,7 +28,8 @@ Grams are sums of float32 products, so smaller eigenvalues are rounding: a singu
 """
 
 _ASYMMETRY = 1e-5
-_NEGATIVE = 1e-5
+NEGATIVE = 1e-5
+"""An eigenvalue below minus this share of the largest is no rounding."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,19 @@ def decompose(gram_sum: Tensor, *, where: str) -> Spectrum:
         BMMError: the matrix is not square, not finite, not symmetric, or not positive semi-definite beyond
             rounding (relative 1e-5); the message names `where`.
     """
+    gram = checked_gram(gram_sum, where)
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    if float(values[0]) < -NEGATIVE * float(values[-1].abs()):
+        raise BMMError(f"the Gram matrix of {where} has a negative eigenvalue; collect it again")
+    return Spectrum(vectors, values.clamp(min=0), float(gram.diagonal().sum()))
+
+
+def checked_gram(gram_sum: Tensor, where: str) -> Tensor:
+    """Return a sum of Gram matrices (in, in) in float64.
+
+    Raises:
+        BMMError: it is not square, not finite, or not symmetric beyond rounding; the message names `where`.
+    """
     if gram_sum.ndim != 2 or gram_sum.shape[0] != gram_sum.shape[1] or gram_sum.numel() == 0:
         raise BMMError(f"the Gram matrix of {where} has shape {tuple(gram_sum.shape)}, which is not square")
     gram = gram_sum.to(torch.float64)
@@ -114,10 +128,7 @@ def decompose(gram_sum: Tensor, *, where: str) -> Spectrum:
     largest = float(gram.abs().max())
     if float((gram - gram.T).abs().max()) > _ASYMMETRY * largest:
         raise BMMError(f"the Gram matrix of {where} is not symmetric; collect it again")
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    if float(values[0]) < -_NEGATIVE * float(values[-1].abs()):
-        raise BMMError(f"the Gram matrix of {where} has a negative eigenvalue; collect it again")
-    return Spectrum(vectors, values.clamp(min=0), float(gram.diagonal().sum()))
+    return gram
 
 
 def residual(anchor: Tensor, experts: Iterable[Tensor], grams: Iterable[Tensor]) -> Tensor:

@@ -32,6 +32,8 @@ from bmm.progress import Bar, progress
 from bmm.recipe import ClusterSettings
 from bmm.regression.held_out import best_lambda
 from bmm.regression.moments import Moments, total, trusted
+from bmm.regression.posterior import Spectrum
+from bmm.regression.ridge import Ridge, serves
 from bmm.regression.settings import DEFAULT_LAMBDA, RegressionSettings
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
@@ -194,16 +196,19 @@ class _Walker:
             parts = self._ask(unit, group, list(unit.groups)[:place], folder)
             found = {}
             everything, *folds = (trusted(total(fold, self._weights), unit.groups[group]) for fold in parts)
-            spectrum = everything.spectrum(f"the input of {group}")
+            where = f"the input of {group}"
+            if not folds and serves(len(everything.gram), self._lambda):
+                solver: Ridge | Spectrum = Ridge(everything.gram, self._lambda, where=where)
+            else:
+                solver = everything.spectrum(where)
             for map_ in unit.groups[group]:
                 anchor = map_.matrix(self._prior)
                 lam = self._lambda if not folds else _chosen(folds, map_, anchor)
                 lambdas[map_.module] = lam
-                posterior = everything.posterior(spectrum, map_.module, anchor)
-                found[map_.module] = posterior.mean(lam).to(torch.float32).contiguous()
-                condition = posterior.condition(lam)
+                mean, condition = _solution(solver, everything, map_.module, anchor, lam)
+                found[map_.module] = mean.to(torch.float32).contiguous()
                 conditions[map_.module] = condition if math.isfinite(condition) else None
-                if spectrum.trace == 0:
+                if solver.trace == 0:
                     anchored.append(map_.module)
             save_file(found, solution_file(folder, place))
             solutions |= found
@@ -256,6 +261,16 @@ class _Walker:
         self._bar.advance(self._experts)
         tasks = [moments for answer in answers for moments in answer]
         return [list(fold) for fold in zip(*tasks, strict=True)]
+
+
+def _solution(
+    solver: Ridge | Spectrum, moments: Moments, module: str, anchor: torch.Tensor, lam: float
+) -> tuple[torch.Tensor, float]:
+    """Return one map's posterior mean, float64, and the condition number of what was inverted for it."""
+    if isinstance(solver, Ridge):
+        return solver.mean(anchor, moments.pull(module, anchor)), solver.condition
+    posterior = moments.posterior(solver, module, anchor)
+    return posterior.mean(lam), posterior.condition(lam)
 
 
 def _chosen(folds: Sequence[Moments], map_: LinearMap, anchor: torch.Tensor) -> float:

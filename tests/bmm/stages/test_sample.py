@@ -74,7 +74,7 @@ def test_what_the_walk_has_solved_is_what_its_moments_say(merged: Path) -> None:
         lam = assembler.walked[module]
         solved = assembler.solve(module, Setting(lam, 1.0))
         torch.testing.assert_close(solved.solution, problem.posterior.mean(lam).float(), rtol=1e-5, atol=1e-6)
-        assert solved.condition == pytest.approx(problem.posterior.condition(lam), rel=1e-6)
+        assert solved.condition == pytest.approx(problem.posterior.condition(lam), rel=2e-3)
 
 
 def test_the_noise_has_the_width_that_it_says(merged: Path) -> None:
