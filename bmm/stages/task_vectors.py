@@ -52,7 +52,7 @@ def task_vectors(work: Work, request: Request) -> dict[str, Any]:
 def _norms(expert: torch.Tensor, base: torch.Tensor) -> tuple[float, float]:
     """Return the norms of a task vector and of the base's tensor, in float64; of a table only a block at a time."""
     moved = stayed = 0.0
-    for new, old in zip(*(tensor.reshape(-1).split(_BLOCK) for tensor in (expert, base)), strict=True):
+    for new, old in zip(*(torch.split(tensor.reshape(-1), _BLOCK) for tensor in (expert, base)), strict=True):
         start = old.double()
         moved += float((new.double() - start).square().sum())
         stayed += float(start.square().sum())
