@@ -1,20 +1,22 @@
 """Gram matrices of one shard of calibration rows, seen in the forward passes of one expert.
 
 A pure function from a model and its batches to sums: `S = XᵀX` and the number of rows in `X`, one pair per distinct
-input, padding left out before the product. Products are float32, sums are float64 (measured relative error 1e-8
-after 1e5 rows; float32 sums would give 3.5e-7). Where shards run and where sums are kept is not known here.
+input, padding left out before the product (`bmm.grams.products`). Where shards run and where sums are kept is not
+known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from bmm.errors import BMMError
+from bmm.grams.products import ProductSum
 from bmm.modules.linear import LinearMap
-from bmm.modules.watch import Observer, Product, Site, Watch, masks_of
+from bmm.modules.watch import Observer, Product, Reached, Watch, masks_of
 
 
 @dataclass
@@ -48,7 +50,9 @@ def collect(
     with torch.inference_mode(), Watch(encoder, found) as watch:
         for batch in batches:
             watch.set_masks(masks_of(batch))
-            encoder(**batch)
+            found.begin()
+            with suppress(Reached):
+                encoder(**batch)
     return found.checked()
 
 
@@ -61,34 +65,44 @@ class Collection(Observer):
 
     def __init__(self, maps: Sequence[LinearMap]) -> None:
         self._maps = maps
-        self._wanted: dict[Site, str] = {map_.site: map_.input_group for map_ in maps}
-        self._sums: dict[str, GramSum] = {}
+        self._wanted = {map_.site: map_ for map_ in maps}
+        self._sums: dict[str, ProductSum] = {}
+        # Of a mixture's experts nobody knows beforehand how often they fire.
+        known = all(map_.index is None for map_ in maps)
+        self._firings = sum(map_.fires for map_ in maps) if known else 0
+        self._left = 0
+
+    def begin(self) -> None:
+        """Let the pass that begins end (by `Reached`) with the last of the maps: what comes after is not read."""
+        self._left = self._firings
 
     def checked(self) -> dict[str, GramSum]:
         """Return the sum of every input group; raises as `collect` does."""
+        found: dict[str, GramSum] = {}
         for map_ in self._maps:
             name = map_.input_group
-            if name not in self._sums:
-                if map_.index is None:
-                    raise BMMError(
-                        f"the map {map_.module} was never reached by a calibration row, so it has no Gram matrix"
-                    )
-                # No token was sent to this expert of the mixture; with no rows the regression keeps the anchor.
-                self._sums[name] = GramSum(torch.zeros(map_.inputs, map_.inputs, dtype=torch.float64), 0)
-            if not bool(torch.isfinite(self._sums[name].total).all()):
+            if name not in self._sums and map_.index is None:
+                raise BMMError(
+                    f"the map {map_.module} was never reached by a calibration row, so it has no Gram matrix"
+                )
+            # Where no token was sent to an expert of a mixture there are no rows, and the regression keeps the anchor.
+            product = self._sums.pop(name, None) or ProductSum(map_.inputs)
+            found[name] = GramSum(product.total(), product.rows)
+            if not bool(torch.isfinite(found[name].total).all()):
                 raise BMMError(
                     f"the inputs of {name} are not finite on the calibration rows; is the expert's weight sound?"
                 )
-        return self._sums
+        return found
 
     def read(self, product: Product) -> None:
         """Add the rows of one product."""
-        name = self._wanted.get(product.site)
-        if name is None:
+        map_ = self._wanted.get(product.site)
+        if map_ is None:
             return
-        rows = product.unpadded(product.rows).to(torch.float32)
-        part = GramSum((rows.T @ rows).to(torch.float64), rows.shape[0])
-        if name in self._sums:
-            self._sums[name].add(part)
-        else:
-            self._sums[name] = part
+        rows = product.unpadded(product.rows)
+        if map_.input_group not in self._sums:
+            self._sums[map_.input_group] = ProductSum(rows.shape[1])
+        self._sums[map_.input_group].add(rows)
+        self._left -= 1
+        if self._left == 0:
+            raise Reached

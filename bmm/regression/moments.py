@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bmm.errors import BMMError
+from bmm.grams.products import ProductSum
 from bmm.modules.linear import LinearMap
 from bmm.regression.posterior import Posterior, Spectrum, decompose, factor
 from bmm.regression.sample import error_from_moments
@@ -91,13 +92,13 @@ def trusted(moments: Moments, members: Sequence[LinearMap]) -> Moments:
 
 
 class TaskSums:
-    """Sums over one task's batches: products in float32, sums in float64."""
+    """Sums over one task's batches: products in float32, sums in float64 (see `bmm.grams.products`)."""
 
     def __init__(self, members: Sequence[LinearMap]) -> None:
         self._members = members
         self._bias = members[0].bias is not None
         size = members[0].inputs + self._bias
-        self._gram = torch.zeros(size, size, dtype=torch.float64)
+        self._gram = ProductSum(size)
         self._cross = {map_.module: torch.zeros(map_.outputs, size, dtype=torch.float64) for map_ in members}
         self._power = {map_.module: torch.zeros(map_.outputs, dtype=torch.float64) for map_ in members}
         self._rows = 0
@@ -107,7 +108,7 @@ class TaskSums:
         rows = inputs.to(torch.float32)
         if self._bias:
             rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-        self._gram += (rows.T @ rows).to(torch.float64)
+        self._gram.add(rows)
         for name, target in targets.items():
             target = target.to(torch.float32)
             self._cross[name] += (target.T @ rows).to(torch.float64)
@@ -116,7 +117,7 @@ class TaskSums:
 
     def include(self, other: TaskSums) -> None:
         """Add the sums over other rows of the same task."""
-        self._gram += other._gram
+        self._gram.include(other._gram)
         for name in self._cross:
             self._cross[name] += other._cross[name]
             self._power[name] += other._power[name]
@@ -128,12 +129,13 @@ class TaskSums:
         Raises:
             BMMError: an input or a target was not finite.
         """
-        sums = [self._gram, *self._cross.values(), *self._power.values()]
+        gram = self._gram.total()
+        sums = [gram, *self._cross.values(), *self._power.values()]
         if not all(bool(torch.isfinite(value).all()) for value in sums):
             raise BMMError(f"the inputs or answers of {self._members[0].module} are not finite on the calibration rows")
         scale = 1.0 / max(self._rows, 1)
         return Moments(
-            self._gram * scale,
+            gram * scale,
             {name: value * scale for name, value in self._cross.items()},
             {name: value * scale for name, value in self._power.items()},
             (self._rows,),

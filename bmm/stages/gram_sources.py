@@ -24,7 +24,7 @@ from bmm.stages.setup import Setup
 from bmm.store import Draft, Reference
 from bmm.weights import ExpertWeights
 
-GRAM_VERSION = 2
+GRAM_VERSION = 3
 
 
 def from_task_vectors(work: Work, setup: Setup) -> dict[str, Reference]:

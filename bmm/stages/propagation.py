@@ -40,7 +40,7 @@ from bmm.stages.setup import Setup
 from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file, solved_over
 from bmm.store import Artefact, Draft, Reference
 
-WALK_VERSION = 6
+WALK_VERSION = 7
 _MOMENTS = "moments.safetensors"
 
 
