@@ -69,6 +69,23 @@ class Posterior:
         coefficients = self.projection / torch.where(seen, denominators, 1.0)
         return self.anchor + torch.where(seen, coefficients, 0.0) @ self.spectrum.eigenvectors.T
 
+    def near_mean(self, lam: float) -> Tensor:
+        """Return `mean` (out, in) by a product in float32, in half the time or less: what a trial is evaluated with.
+
+        The coefficients are float64, the product and the sum float32: the pull away from the anchor is right to about
+        1e-6 of its norm, which a float32 model's own rounding is no better than. What is published is `mean`.
+
+        Raises:
+            BMMError: `lam` is negative or NaN.
+        """
+        _require_strength(lam)
+        if math.isinf(lam) or self.spectrum.trace == 0:
+            return self.anchor.to(torch.float32)
+        denominators, seen = self.denominators(lam)
+        shrunk = self.projection * torch.where(seen, 1.0 / torch.where(seen, denominators, 1.0), 0.0)
+        pull = shrunk.to(torch.float32) @ self.spectrum.eigenvectors.to(torch.float32).T
+        return pull.add_(self.anchor)
+
     def condition(self, lam: float) -> float:
         """Return the condition number `(s_max + λ̄)/(s_min + λ̄)` of the matrix that `mean` inverts.
 

@@ -109,7 +109,7 @@ class _Objective:
 
     def evaluate(self, assembler: Assembler, chosen: Mapping[str, Setting]) -> Outcome:
         """Run the model of one setting."""
-        regressed = assembler.weights({module: chosen[group] for module, group in self.groups.items()})
+        regressed = assembler.trial({module: chosen[group] for module, group in self.groups.items()})
         state = {**self._rest, **{name: tensor.to(self._dtypes[name]) for name, tensor in regressed.items()}}
         found = {task: measured.score for task, measured in self._panel.evaluate(state, "validation").items()}
         return Outcome(mean_ratio_to_expert(found, self.expert), found)

@@ -176,3 +176,26 @@ def test_the_evidence_of_a_map_is_made_of_the_experts_distance_to_the_anchor() -
     posterior = made.assembler().problems["a.key"].posterior
     assert torch.equal(found.pull, posterior.projection.square().sum(0))
     assert torch.equal(found.eigenvalues, posterior.spectrum.eigenvalues)
+
+
+def test_a_trial_has_the_weights_of_its_setting() -> None:
+    made = case().assembler()
+    for gamma in (1.0, 0.9):
+        settings = {map_.module: Setting(0.3, gamma) for map_ in MAPS}
+        exact, near = made.weights(settings), made.trial(settings)
+        assert exact.keys() == near.keys()
+        for name, tensor in exact.items():
+            assert near[name].dtype == torch.float32
+            torch.testing.assert_close(near[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trial_takes_what_a_walk_has_solved_and_refuses_what_is_not_finite() -> None:
+    cases = case()
+    known = {map_.module: Solved(torch.full((map_.outputs, map_.inputs), 7.0), None) for map_ in MAPS}
+    walked = {map_.module: 0.1 for map_ in MAPS}
+    made = Assembler(cases.assembler().problems, cases.anchor.__getitem__, walked, known.__getitem__)  # type: ignore[arg-type]
+    assert all(bool((value == 7.0).all()) for value in made.trial({m.module: Setting(0.1, 1.0) for m in MAPS}).values())
+    assert not bool((made.trial({m.module: Setting(0.2, 1.0) for m in MAPS})[QUERY.weight] == 7.0).all())
+    cases.anchor[QUERY.weight][0, 0] = 1e39 if cases.anchor[QUERY.weight].dtype == torch.float64 else 3e38
+    with pytest.raises(FloatingPointError):
+        cases.assembler().trial({map_.module: Setting(math.inf, 1000.0) for map_ in MAPS})

@@ -255,3 +255,20 @@ def test_assembly_at_one_is_the_mean_and_at_zero_the_base_bit_for_bit():
     base, mean = torch.randn(2, OUT, IN, generator=torch.Generator().manual_seed(0))
     assert torch.equal(assemble(base, mean.double(), 1.0), mean.double())
     assert torch.equal(assemble(base, mean.double(), 0.0), base.double())
+
+
+def test_the_near_mean_is_the_mean_to_float32s_precision() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(400, 40, dtype=torch.float64) * torch.logspace(0, -3, 40, dtype=torch.float64)
+    gram = rows.T @ rows
+    anchor, pull = torch.randn(6, 40, dtype=torch.float64), torch.randn(6, 40, dtype=torch.float64) @ gram
+    posterior = factor(decompose(gram, where="rows"), anchor, pull)
+    for lam in (0.0, 1e-4, 0.1, 100.0):
+        exact, near = posterior.mean(lam), posterior.near_mean(lam)
+        assert near.dtype == torch.float32
+        # The pull's error, and the rounding of the sum.
+        allowed = 2e-6 * float((exact - anchor).norm()) + 1e-7 * float(exact.norm())
+        assert float((near.double() - exact).norm()) < allowed, lam
+    assert torch.equal(posterior.near_mean(float("inf")), anchor.float())
+    with pytest.raises(BMMError):
+        posterior.near_mean(-1.0)
