@@ -86,7 +86,7 @@ def _grams(grams: GramSettings, experts: Collection[str], unseen: Sequence[str],
 
 def _mode(said: Choices) -> RegressionSettings:
     regression = said.regression
-    if said.grams.source == "activations":
+    if said.grams.source == "activations" or regression.mode == "none":
         return regression
     if "mode" not in regression.model_fields_set:
         return _changed(regression, mode="module-wise")
@@ -103,6 +103,8 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
     trials_said = "trials" in search.model_fields_set
     strength_said = "strength" in regression.model_fields_set
     fixed = strength_said and regression.strength != "search"
+    if strength_said and regression.mode == "none":
+        raise ValueError("'regression.lambda': without regression there is no prior; remove it, or set another mode")
     if trials_said and search.trials and not validation:
         raise ValueError(
             "'search.trials': a search needs validation rows for every expert; add them, or set search: none"
@@ -119,6 +121,12 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
         if not search.trials:
             raise ValueError("'regression.lambda': it cannot be searched without trials; raise search.trials")
     update: dict[str, Any] = {}
+    if regression.mode == "none":
+        if trials_said and search.trials:
+            raise ValueError(
+                "'search.trials': without regression there is nothing to search; remove it, or set regression.mode"
+            )
+        return search.model_copy(update={"trials": 0})
     if regression.strength == "held-out":
         if regression.mode != "propagated":
             raise ValueError("'regression.lambda': held-out is for propagated regression; set the mode, or a number")
@@ -132,6 +140,8 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
 
 def _strength(said: Choices) -> RegressionSettings:
     regression = said.regression
+    if regression.mode == "none":
+        return regression
     if not said.search.trials and "strength" not in regression.model_fields_set:
         walked = regression.mode == "propagated"
         regression = _changed(regression, strength=regression.walk_lambda if walked else DATA_FREE_LAMBDA)

@@ -19,7 +19,7 @@ from bmm.digest import digest_json
 from bmm.notes import other_bases, singular_grams, starved_experts, unmatched, unmeasured, zero_task_vectors
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
-from bmm.stages.request import Result, Work
+from bmm.stages.request import COVERAGE, Result, Work
 
 SCHEMA = 1
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "dask", "zarr", "botorch", "gpytorch", "datasets")
@@ -29,8 +29,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result], work: Work) -> dict[str, Any]:
     """Return the whole of `merge.json` for a finished merge."""
-    evaluation = work.read(results["evaluate"].reference("evaluation")).read_json("evaluation.json")
-    search_artefact = work.read(results["search"].reference("search"))
+    evaluation, coverage, searched = _outcome(recipe, results, work)
     experts = {
         expert.name: work.read(results["experts"].reference("experts", expert.name)).read_json("expert.json")
         for expert in inputs.experts
@@ -69,9 +68,10 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         ],
         "anchor": anchor,
         "grams": {
-            "source": recipe.grams.source,
+            "source": recipe.grams.source if "grams" in results else None,
             "experts": {
-                name: results["grams"].reference("experts", name).digest for name in results["grams"].outputs["experts"]
+                name: results["grams"].reference("experts", name).digest
+                for name in (results["grams"].outputs["experts"] if "grams" in results else ())
             },
         },
         "metrics": {
@@ -79,8 +79,8 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
             for split, measured in evaluation["metrics"].items()
         },
         "methods": [{**row, "tasks": {task: row["tasks"][task] for task in experts}} for row in evaluation["methods"]],
-        "coverage": search_artefact.read_json("coverage.json"),
-        "search": search_artefact.read_json("search.json"),
+        "coverage": coverage,
+        "search": searched,
         "stages": {
             name: {"state": result.state, "seconds": round(result.seconds, 3), "key": result.key}
             for name, result in results.items()
@@ -90,7 +90,10 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "notes": [
             *other_bases({name: expert.get("trained_on") for name, expert in experts.items()}, inputs.base.source),
             *unmatched(layout.unmatched),
-            *_notes(results, inputs, work),
+            *(() if recipe.anchor_alone else unmeasured(evaluation["metrics"])),
+            *(zero_task_vectors(_norms(results, inputs, work)) if "task-vectors" in results else ()),
+            *starved_experts(coverage),
+            *singular_grams(coverage),
         ],
         "environment": environment(),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -122,16 +125,31 @@ def peak_rss_bytes() -> int:
     return max(own, children) * _RSS_UNIT
 
 
-def _notes(results: Mapping[str, Result], inputs: Inputs, work: Work) -> list[str]:
-    norms = {
+def _outcome(
+    recipe: Recipe, results: Mapping[str, Result], work: Work
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Return what was measured, how each parameter came about, and what was searched."""
+    if not recipe.anchor_alone:
+        found = work.read(results["search"].reference("search"))
+        evaluation = work.read(results["evaluate"].reference("evaluation")).read_json("evaluation.json")
+        return evaluation, found.read_json("coverage.json"), found.read_json("search.json")
+    settings = recipe.evaluation
+    bootstrap = {"samples": settings.bootstrap_samples, "seed": settings.bootstrap_seed}
+    evaluation = {"metrics": {}, "methods": [], "bootstrap": {**bootstrap, "confidence": settings.confidence}}
+    searched: dict[str, Any] = {
+        "per": recipe.search.per,
+        "lambda": "none",
+        "objective": None,
+        "seed": None,
+        "expert": {},
+        "trials": [],
+    }
+    searched["best"] = {"index": None, "objective": None, "settings": {}}
+    return evaluation, work.read(results["publish"].reference("model")).provenance[COVERAGE], searched
+
+
+def _norms(results: Mapping[str, Result], inputs: Inputs, work: Work) -> dict[str, Any]:
+    return {
         expert.name: work.read(results["task-vectors"].reference("experts", expert.name)).read_json("norms.json")
         for expert in inputs.experts
     }
-    coverage = work.read(results["search"].reference("search")).read_json("coverage.json")
-    evaluation = work.read(results["evaluate"].reference("evaluation")).read_json("evaluation.json")
-    return [
-        *unmeasured(evaluation["metrics"]),
-        *zero_task_vectors(norms),
-        *starved_experts(coverage),
-        *singular_grams(coverage),
-    ]

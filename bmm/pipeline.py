@@ -22,8 +22,14 @@ from bmm.stages.request import Request, Result, Stage, Work, perform
 from bmm.store import Store
 
 STAGES = ("experts", "task-vectors", "grams", "anchor", "search", "evaluate", "publish")
+_ANCHOR_ALONE = ("experts", "publish")
 
 Execute = Callable[[Store, Request], Result]
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the stages that a recipe asks for, in their order."""
+    return _ANCHOR_ALONE if recipe.anchor_alone else STAGES
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def merge(recipe: Recipe, *, store: str | PathLike[str] | None = None, fresh: bo
 def run(recipe: Recipe, store: Store, execute: Execute, *, inputs: Inputs | None = None) -> Merge:
     """Run every stage through `execute`, then write the output folder."""
     inputs = inputs or fingerprint_inputs(recipe)
-    results = run_stages(recipe, inputs, store, execute, STAGES)
+    results = run_stages(recipe, inputs, store, execute, stages_of(recipe))
     work = Work(store)
     document = build_document(recipe, inputs, results, work)
     output = recipe.resolve(recipe.output)

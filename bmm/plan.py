@@ -18,7 +18,7 @@ from bmm.disk import free_bytes
 from bmm.errors import OutputError, RecipeError
 from bmm.estimate import StagePlan, estimate_stages, worker_shortage
 from bmm.outline import outline_of
-from bmm.pipeline import STAGES
+from bmm.pipeline import stages_of
 from bmm.recipe import Recipe
 from bmm.requests import Requests
 from bmm.sizes import readable_bytes
@@ -66,7 +66,7 @@ def cached_results(recipe: Recipe, inputs: Inputs, store: Store) -> dict[str, Re
     """Return the results of the stages that need not run, from the first up to the first that must."""
     requests = Requests(recipe, inputs)
     results: dict[str, Result] = {}
-    for stage in STAGES:
+    for stage in stages_of(recipe):
         found = None if store.fresh else recorded(store, requests.build(stage, results))
         if found is None:
             break
@@ -77,13 +77,14 @@ def cached_results(recipe: Recipe, inputs: Inputs, store: Store) -> dict[str, Re
 def make_plan(recipe: Recipe, inputs: Inputs, store: Store) -> Plan:
     """Estimate what the merge needs, from the headers of its checkpoints."""
     done = cached_results(recipe, inputs, store)
-    if len(done) == len(STAGES):
+    if len(done) == len(stages_of(recipe)):
         # Telling the encoder's tensors apart takes transformers, whose import alone is longer than all that is left.
         model = store.read(done["publish"].reference("model"))
         output_bytes = sum(entry["bytes"] for entry in model.manifest["files"].values())
-        stages = tuple(StagePlan(stage, True, 0, 0) for stage in STAGES)
+        stages = tuple(StagePlan(stage, True, 0, 0) for stage in stages_of(recipe))
     else:
         stages, output_bytes = _estimate(recipe, inputs, done)
+        stages = tuple(stage for stage in stages if stage.stage in stages_of(recipe))
     output = recipe.resolve(recipe.output)
     return Plan(
         stages=stages,

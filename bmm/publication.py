@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from bmm.errors import OutputError
 from bmm.report.card import model_card
 from bmm.report.page import report_page
 from bmm.store import MANIFEST, Artefact
+
+_LINKED_BYTES = 64 * 2**20
 
 
 def export(artefact: Artefact, document: Mapping[str, Any], output: Path) -> None:
@@ -38,9 +41,22 @@ def export(artefact: Artefact, document: Mapping[str, Any], output: Path) -> Non
         rewrite_report(output, document)
         return
     with replacing(output) as folder, explained(output):
-        shutil.copytree(artefact.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        ignored = shutil.ignore_patterns(MANIFEST)
+        shutil.copytree(artefact.path, folder, dirs_exist_ok=True, ignore=ignored, copy_function=_place)
         for name, text in _told(document).items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _place(source: str, target: str) -> None:
+    """Copy a file, or link a large one: on one disk the store and the output need not both have its bytes.
+
+    Who writes into such a file of the output in place damages the artefact too, which the store then finds out.
+    """
+    if os.path.getsize(source) >= _LINKED_BYTES:
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def read_document(output: Path) -> dict[str, Any]:

@@ -149,9 +149,21 @@ class Recipe(Part):
         compared = [of_method(method).needs for method in self.evaluation.compare] if measured else []
         return self.regression.mode == "module-wise" or "gram" in (self.anchor.needs, *compared)
 
+    @property
+    def anchor_alone(self) -> bool:
+        """Whether the merged model is the anchor, with nothing regressed."""
+        return self.regression.mode == "none"
+
     def _needs(self, *, measured: bool) -> list[tuple[str, str]]:
         """Return the splits that anchor and comparison cannot do without, each with the key and what it asks for."""
-        needs = []
+        needs: list[tuple[str, str]] = []
+        if self.regression.mode == "none":
+            if self.anchor.needs not in (None, "checkpoint") or self.anchor.chooses_scale:
+                raise ValueError(
+                    "'anchor': without regression (mode: none) nothing but weights is read, and this anchor needs "
+                    "rows; choose another method or a scale that is a number, or set another regression.mode"
+                )
+            return needs
         if self.anchor.needs == "fisher":
             needs.append(("calibration", "'anchor': the method 'fisher'"))
         if self.anchor.chooses_scale:

@@ -68,12 +68,16 @@ class Requests:
                 }
                 return self._request(stage, results, given, settings)
             case "publish":
-                given = {
-                    "search": results["search"].outputs["search"],
-                    "experts": results["experts"].outputs["experts"],
-                }
+                given = {"experts": results["experts"].outputs["experts"]}
                 settings = {"dtype": self.recipe.dtype, "max_shard_size": self.recipe.max_shard_size}
-                return self._request(stage, results, given, settings)
+                if not self.recipe.anchor_alone:
+                    given["search"] = results["search"].outputs["search"]
+                    return self._request(stage, results, given, settings)
+                anchor = self.inputs.anchor
+                given |= {"checkpoint": anchor.digest} if anchor else {}
+                given |= {"order": self._order()} if self.recipe.anchor.ordered else {}
+                settings["anchor"] = self.recipe.anchor.said()
+                return self._request(stage, results, given, settings, {"anchor": anchor.to_json() if anchor else None})
         raise ValueError(f"there is no stage '{stage}'")
 
     def _experts(self) -> Request:

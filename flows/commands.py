@@ -243,7 +243,7 @@ def report(run: Path, store: str | None) -> dict[str, Any]:
         rewrite_report(run, read_document(run))
         return {"output": str(run), "report": str(run / "report.html")}
     from bmm.document import build_document
-    from bmm.pipeline import STAGES
+    from bmm.pipeline import stages_of
     from bmm.plan import cached_results
     from bmm.sources import fingerprint_inputs
     from bmm.stages.request import Work
@@ -252,7 +252,7 @@ def report(run: Path, store: str | None) -> dict[str, Any]:
     inputs = fingerprint_inputs(recipe)
     opened = Store.open(store)
     results = cached_results(recipe, inputs, opened)
-    missing = [stage for stage in STAGES if stage not in results]
+    missing = [stage for stage in stages_of(recipe) if stage not in results]
     if missing:
         raise UserError(f"{run} has not been merged yet (first missing stage: {missing[0]}); run `bmm merge {run}`")
     work = Work(opened)

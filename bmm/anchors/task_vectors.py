@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Literal
@@ -56,7 +57,11 @@ class TaskVectors:
 
     def _part(self, tensor: Tensor, owner: str) -> Tensor:
         part = tensor if self._matrix is None else self._matrix.part(tensor)
-        return checked(part, self.name, owner).to(torch.float64)
+        values = part.to(torch.float64)
+        # A finite sum has finite terms, and is found in one pass.
+        if not math.isfinite(float(values.sum())):
+            checked(part, self.name, owner)
+        return values
 
     def total(self) -> Tensor | None:
         """Return `Σ τ_t`, or None where every expert equals the base."""
@@ -81,6 +86,13 @@ class ScaledAnchor(ABC):
 
     def prepare(self, weights: Weights) -> None:  # noqa: B027 - most methods need no first pass
         """Look at all tensors once; most methods need nothing."""
+
+    def piecewise(self, name: str, weights: Weights) -> ScaledAnchor | None:  # noqa: ARG002
+        """Return a method that merges any piece of this tensor as this one does the whole; None if there is none.
+
+        Most methods look at a tensor as a whole.
+        """
+        return None
 
     @abstractmethod
     def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
@@ -121,6 +133,10 @@ class TaskVectorAnchor(ScaledAnchor):
 
 class LinearMapAnchor(ScaledAnchor):
     """A method with a rule for linear maps, matrix by matrix; everything else gets the mean of the task vectors."""
+
+    def piecewise(self, name: str, weights: Weights) -> ScaledAnchor | None:
+        """Return this method for a tensor without a linear map: the mean is one of entries."""
+        return None if weights.maps(name) else self
 
     def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
         """Return the tensor with each of its matrices merged; see `ScaledAnchor.direction`."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bmm.anchors.settings import TSVSettings
-from bmm.anchors.spectra import polar_factor, rank_of
+from bmm.anchors.spectra import leading_triplets, polar_factor
 from bmm.anchors.task_vectors import LinearMapAnchor, TaskVectors, number
 
 
@@ -46,11 +46,10 @@ def merge_singular_vectors(vectors: TaskVectors) -> Tensor | None:
     if experts == 0:
         return None
     share = max(1, min(vectors.base.shape) // experts)
-    left, values, right = [], [], []
+    left: list[Tensor] = []
+    values: list[Tensor] = []
+    right: list[Tensor] = []
     for vector in vectors:
-        U, S, Vh = torch.linalg.svd(vector, full_matrices=False)
-        rank = min(share, rank_of(S))
-        left.append(U[:, :rank].clone())
-        values.append(S[:rank].clone())
-        right.append(Vh[:rank].T.clone())
+        for parts, part in zip((left, values, right), leading_triplets(vector, share), strict=True):
+            parts.append(part)
     return (polar_factor(torch.cat(left, dim=1)) * torch.cat(values)) @ polar_factor(torch.cat(right, dim=1)).T

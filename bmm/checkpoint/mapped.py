@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _MOST_BYTES = 128 * 2**20
 
 
 class MappedFile:
-    """One safetensors file.
+    """One safetensors file; may be read from several threads.
 
     Args:
         path: the file.
@@ -34,6 +35,7 @@ class MappedFile:
         self._mark = self._state()
         self._handle = self._open()
         self._given = 0
+        self._lock = Lock()
 
     def names(self) -> list[str]:
         """Return the names of the tensors in the file."""
@@ -41,14 +43,15 @@ class MappedFile:
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype; it must not be written to."""
-        if self._given > self._most_bytes:
-            if self._state() != self._mark:
-                raise OSError("it was replaced while it was in use")
-            self._handle = self._open()
-            self._given = 0
-        tensor: Tensor = self._handle.get_tensor(name)
-        self._given += tensor.nbytes
-        return tensor
+        with self._lock:
+            if self._given > self._most_bytes:
+                if self._state() != self._mark:
+                    raise OSError("it was replaced while it was in use")
+                self._handle = self._open()
+                self._given = 0
+            tensor: Tensor = self._handle.get_tensor(name)
+            self._given += tensor.nbytes
+            return tensor
 
     def _state(self) -> tuple[int, int, int]:
         state = self.path.stat()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "TensorInfo"]
 
 CONFIG = "config.json"
+_converting = RLock()
 _SUPPORT = (
     CONFIG,
     "tokenizer.json",
@@ -153,11 +155,12 @@ class Checkpoint:
         if name in self._weights.tensors:
             return self._read(self._weights.tensors[name])
         conversion = self._conversions[name]
-        # A stack is asked for once for each of its matrices.
-        if self._last is None or self._last[0] is not conversion:
-            self._last = None
-            self._last = (conversion, conversion.load(self.tensor))
-        return self._last[1][name]
+        with _converting:
+            # A stack is asked for once for each of its matrices.
+            if self._last is None or self._last[0] is not conversion:
+                self._last = None
+                self._last = (conversion, conversion.load(self.tensor))
+            return self._last[1][name]
 
     def conversion(self, name: str) -> Conversion | None:
         """Return how a tensor is stored, where that is not as it is loaded."""

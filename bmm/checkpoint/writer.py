@@ -1,7 +1,7 @@
-"""Writing weights as safetensors, in shards as transformers reads them, with at most one shard in memory.
+"""Writing weights as safetensors, in shards as transformers reads them, with one tensor at a time in memory.
 
-Tensors come one by one from a function, so a merged model need never exist as a whole. The same tensors give
-the same bytes. Config, tokenizer and heads are written elsewhere; `bmm.checkpoint.folder` makes the folder
+Tensors come one by one from a function, so neither a merged model nor a shard need ever exist as a whole. The same
+tensors give the same bytes. Config, tokenizer and heads are written elsewhere; `bmm.checkpoint.folder` makes the folder
 appear as a whole.
 """
 
@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bmm.checkpoint.folder import output_error
 from bmm.checkpoint.shards import INDEX
 from bmm.checkpoint.tensors import TensorInfo, torch_dtype
 from bmm.errors import BMMError
+from bmm.threads import ahead
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_BYTES = 2 * 2**30
-_ERRNO = re.compile(r"\(os error (\d+)\)")
+# What safetensors itself does: tensors stand by dtype, in the reverse of this order, and then by name.
+_RANKS = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
+_ALIGNMENT = 8
 
 
 def write_weights(
@@ -32,6 +35,7 @@ def write_weights(
     infos: Sequence[TensorInfo],
     get: Callable[[str], Tensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    threads: int = 1,
 ) -> list[Path]:
     """Write tensors as `model.safetensors`, or as numbered shards with `model.safetensors.index.json`.
 
@@ -43,6 +47,7 @@ def write_weights(
         infos: name, shape and dtype of every tensor.
         get: returns a tensor by name, asked once for each; its shape and dtype must be as announced.
         max_shard_bytes: most bytes of tensors in one file.
+        threads: threads that call `get`, which must bear it; more than one hold as many tensors in memory, and one.
 
     Returns:
         The files written, the index (where there is one) last.
@@ -67,7 +72,7 @@ def write_weights(
     written = []
     for file_name, names in split.filename_to_tensors.items():
         written.append(folder / file_name)
-        _write_shard(written[-1], [by_name[name] for name in names], get)
+        _write_shard(written[-1], [by_name[name] for name in names], get, threads)
     if split.is_sharded:
         written.append(folder / INDEX)
         index = {
@@ -78,37 +83,44 @@ def write_weights(
     return written
 
 
-def _write_shard(file: Path, infos: Sequence[TensorInfo], get: Callable[[str], Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    # safetensors refuses tensors that share memory, as slices of one computed matrix do: those are copied.
-    tensors: dict[str, Tensor] = {}
-    stores: set[int] = set()
-    for info in infos:
-        tensor = get(info.name).detach().cpu().contiguous()
-        if tuple(tensor.shape) != info.shape or tensor.dtype != torch_dtype(info.dtype):
-            raise BMMError(
-                f"the tensor '{info.name}' was announced as {info.dtype} {info.shape} "
-                f"and came as {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        if tensor.untyped_storage().data_ptr() in stores:
-            tensor = tensor.clone()
-        stores.add(tensor.untyped_storage().data_ptr())
-        tensors[info.name] = tensor
-    with _naming(file):
-        try:
-            save_file(tensors, file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            found = _ERRNO.search(str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        # safetensors writes through a private temporary file, whose rights would hide the model from
-        # colleagues.
-        file.chmod(0o666 & ~_umask())
-        with file.open("rb") as handle:
+def _write_shard(file: Path, infos: Sequence[TensorInfo], get: Callable[[str], Tensor], threads: int) -> None:
+    """Write one file, to the same bytes as `safetensors.torch.save_file`, but a tensor at a time."""
+    ordered = sorted(infos, key=lambda info: (-_RANKS.index(info.dtype), info.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for info in ordered:
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [start, start := start + info.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    try:
+        with _naming(file), file.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little"))
+            handle.write(text)
+            for info, tensor in zip(ordered, ahead(lambda info: get(info.name), ordered, threads), strict=True):
+                handle.write(_bytes_of(info, tensor))
+            handle.flush()
             os.fsync(handle.fileno())
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+
+
+def _bytes_of(info: TensorInfo, tensor: Tensor) -> Any:
+    """Return a tensor's bytes, little end first, as safetensors stores them."""
+    import torch
+
+    if tuple(tensor.shape) != info.shape or tensor.dtype != torch_dtype(info.dtype):
+        raise BMMError(
+            f"the tensor '{info.name}' was announced as {info.dtype} {info.shape} "
+            f"and came as {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    if sys.byteorder != "little":
+        raise BMMError("safetensors are written on little-endian machines only")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_text(file: Path, text: str) -> None:
@@ -125,10 +137,3 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise output_error(error, file) from OSError(error.errno, error.strerror, str(file))
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

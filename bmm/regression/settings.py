@@ -21,10 +21,11 @@ class RegressionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
-    mode: Literal["module-wise", "propagated"] = Field(
+    mode: Literal["module-wise", "propagated", "none"] = Field(
         default="propagated",
         description="each map on what its experts read (always, and by default, where grams.source is not "
-        "activations), or, layer by layer, on what the merged model itself reads",
+        "activations), or, layer by layer, on what the merged model itself reads; none: the anchor alone, merged "
+        "tensor by tensor straight into the output, from the weights only and without measuring anything",
     )
     # Named by the recipe's own word, which is Python's as well.
     strength: Rule | Strength | dict[str, Strength] = Field(
@@ -66,6 +67,8 @@ class RegressionSettings(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, as JSON."""
+        if self.mode == "none":
+            return {"mode": self.mode}
         walk = set() if self.mode == "propagated" else {"walk_lambda", "rounds"}
         return self.model_dump(mode="json", exclude=walk)
 

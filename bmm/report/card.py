@@ -29,6 +29,7 @@ def model_card(document: Document) -> str:
         "front_matter": front_matter(document),
         "opening": findings.opening(document),
         "method": findings.method(document),
+        "regressed": findings.strength_rule(document) != "none",
         "searched": findings.strength_rule(document) == "search",
         "warnings": findings.warnings(document),
         "folder": FOLDER_PLACEHOLDER,

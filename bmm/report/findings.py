@@ -19,6 +19,7 @@ NOT_AN_ANCHOR = ("base", "experts", "merged")
 TREATMENTS = ("regressed", "anchored", "averaged", "copied")
 
 UNMEASURED = "How well it does their tasks was not measured: the recipe names no test rows."
+UNMEASURED_ALONE = "Nothing was regressed: it is the anchor alone, and how well it does their tasks was not measured."
 _STRENGTHS = {
     "search": "the strength of the prior was searched on validation rows",
     "evidence": "the strength of the prior is the most probable given the experts' weights and Gram matrices, without "
@@ -216,7 +217,7 @@ def opening(document: Document) -> str:
     start = f"{name} expert{'' if count == 1 else 's'} became one model"
     value, interval = share(document, "merged")
     if value is None:
-        return f"{start}." if tasks(document) else f"{start}. {UNMEASURED}"
+        return f"{start}." if tasks(document) else f"{start}. {unmeasured(document)}"
     kept = percent_with_interval(value, interval)
     sentence = f"{start}: it keeps {kept} of their test {metric_word(document)}"
     anchor = best_anchor(document)
@@ -271,13 +272,20 @@ def warnings(document: Document) -> list[str]:
     return found
 
 
+def unmeasured(document: Document) -> str:
+    """Say why nothing was measured."""
+    return UNMEASURED_ALONE if strength_rule(document) == "none" else UNMEASURED
+
+
 def strength_rule(document: Document) -> str:
-    """Return how `λ` was chosen: `search`, `evidence` or `fixed`."""
+    """Return how `λ` was chosen: `search`, `evidence`, `held-out` or `fixed`; `none` without regression."""
     return str((document.get("search") or {}).get("lambda", "search"))
 
 
 def method(document: Document) -> str:
     """Return what the regression was made from and how its prior's strength was chosen, without a full stop."""
+    if strength_rule(document) == "none":
+        return "nothing was regressed: the merged model is the anchor itself"
     source = str((document.get("grams") or {}).get("source", "activations"))
     return f"the regression is on {_SOURCES[source]}; {_STRENGTHS[strength_rule(document)]}"
 

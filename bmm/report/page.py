@@ -56,7 +56,7 @@ def report_page(document: Document) -> str:
     view = {
         "opening": findings.opening(document),
         "method": findings.method(document),
-        "unmeasured": findings.UNMEASURED,
+        "unmeasured": findings.unmeasured(document),
         "warnings": findings.warnings(document),
         "confidence": findings.confidence(document),
         "splits": {split: task_rows(document, split) for split in ("test", "validation")},

@@ -23,7 +23,7 @@ HIGHLIGHT = "bold cyan"
 def console_table(document: Document) -> Group:
     """Return what a terminal shows at the end of a merge: tasks, methods, and what must not be overlooked."""
     measured = bool(findings.tasks(document))
-    parts: list[Table | Text] = [task_table(document) if measured else Text(findings.UNMEASURED)]
+    parts: list[Table | Text] = [task_table(document) if measured else Text(findings.unmeasured(document))]
     if findings.methods(document):
         parts += [Text(""), method_table(document)]
     parts += [Text(f"! {warning}", style="yellow") for warning in findings.warnings(document)]

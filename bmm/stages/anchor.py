@@ -28,7 +28,7 @@ from bmm.progress import progress
 from bmm.sources import Model
 from bmm.stages.fishers import fisher_artefacts
 from bmm.stages.panel import expert_predictions, panel_of
-from bmm.stages.request import Request, Work
+from bmm.stages.request import Request, Work, version_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
 from bmm.weights import require_finite
@@ -94,7 +94,7 @@ def anchor_artefact(
                 write_state(draft.path, setup, merge, dtype="F32")
             draft.write_json("treatments.json", treatments)
 
-    return work.obtain("anchor", inputs, make, settings=settings.said())
+    return work.obtain("anchor", inputs, make, settings=settings.said(), version=version_of("anchor"))
 
 
 def chosen_scale(work: Work, anchor: Reference | Mapping[str, str]) -> float | None:
@@ -148,7 +148,7 @@ def _at_the_best_scale(
     rows = {expert.name: request.inputs["experts"][expert.name] for expert in setup.experts}
     chosen = {**inputs, "direction": direction.digest, "rows": rows}
     said = {**settings.said(), "batch_size": request.settings["batch_size"]}
-    return work.obtain("anchor", chosen, make, settings=said)
+    return work.obtain("anchor", chosen, make, settings=said, version=version_of("anchor"))
 
 
 def _direction_artefact(work: Work, setup: Setup, settings: ScaledSettings, inputs: Mapping[str, Any]) -> Reference:
@@ -173,7 +173,7 @@ def _direction_artefact(work: Work, setup: Setup, settings: ScaledSettings, inpu
         draft.write_json("treatments.json", treatments)
 
     said = settings.model_dump(mode="json", exclude={"scale", "scales"})
-    return work.obtain("direction", dict(inputs), make, settings=said)
+    return work.obtain("direction", dict(inputs), make, settings=said, version=version_of("anchor"))
 
 
 def _gram_reader(work: Work, setup: Setup, grams: Sequence[Mapping[str, str]]) -> Callable[[int, str], torch.Tensor]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -31,11 +32,13 @@ from bmm.kinds.registry import kind_of
 from bmm.prediction import StoredWeights, head_tensors
 from bmm.sizes import parse_bytes
 from bmm.sources import Model
+from bmm.stages.alone import anchor_alone
 from bmm.stages.anchor import published_dtypes
-from bmm.stages.request import Request, Work
+from bmm.stages.request import COVERAGE, Request, Work
 from bmm.stages.search import DTYPES
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
+from bmm.threads import one_thread
 
 # What a configuration says of labels and heads; the merged encoder has neither.
 _HEAD_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "finetuning_task")
@@ -50,7 +53,15 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
     def make(draft: Draft) -> None:
         with ExitStack() as stack:
             base = stack.enter_context(setup.base.open())
-            _write_weights(work, request, setup, base, draft.path)
+            dtypes = published_dtypes(setup, DTYPES[request.settings["dtype"]])
+            if (search := request.inputs.get("search")) is not None:
+                merged = StoredWeights(work.read(Reference.from_json(search)))
+                _write_weights(request, setup, base, draft.path, merged, dtypes)
+            else:
+                threads = torch.get_num_threads()
+                with one_thread(), anchor_alone(request, setup, dtypes) as alone:
+                    _write_weights(request, setup, base, draft.path, alone, dtypes, threads)
+                    draft.provenance[COVERAGE] = alone.coverage()
             architecture = work.read(request.inputs["layout"]).read_json("modules.json")["architecture"]
             dtype = request.settings["dtype"]
             draft.write_json("config.json", _config(setup, base.config, architecture, dtype))
@@ -77,10 +88,17 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
     return {"model": work.obtain("model", inputs, make, settings=dict(request.settings)).to_json()}
 
 
-def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint, folder: Path) -> None:
-    merged = StoredWeights(work.read(Reference.from_json(request.inputs["search"])))
+def _write_weights(
+    request: Request,
+    setup: Setup,
+    base: Checkpoint,
+    folder: Path,
+    merged: Callable[[str], Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    threads: int = 1,
+) -> None:
+    """Write the weights, asking `merged` for every shared parameter by canonical name, from so many threads."""
     wanted = DTYPES[request.settings["dtype"]]
-    dtypes = published_dtypes(setup, wanted)
     kept, prefix = _kept(setup, base)
     by_key = {parameter.base_key: parameter for parameter in setup.layout.shared}
     by_name = {parameter.name: parameter for parameter in setup.layout.shared}
@@ -102,7 +120,7 @@ def _write_weights(work: Work, request: Request, setup: Setup, base: Checkpoint,
         tensors[name] = (info, partial(_kept_tensor, base, info))
     infos = [replace(info, name=name) for name, (info, _) in sorted(tensors.items())]
     largest = parse_bytes(request.settings["max_shard_size"])
-    write_weights(folder, infos, lambda name: tensors[name][1](), largest)
+    write_weights(folder, infos, lambda name: tensors[name][1](), largest, threads)
 
 
 def _kept_tensor(base: Checkpoint, info: TensorInfo) -> Tensor:
@@ -112,11 +130,13 @@ def _kept_tensor(base: Checkpoint, info: TensorInfo) -> Tensor:
 def _as_stored(conversion: Conversion, get: Callable[[str], Tensor], dtype: torch.dtype) -> dict[str, _Tensor]:
     """Return the tensors that loaded ones are stored as, which are all computed with the first that is asked for."""
     left: dict[str, Tensor] = {}
+    lock = Lock()
 
     def take(name: str) -> Tensor:
-        if not left:
-            left.update(conversion.store(get))
-        return left.pop(name)
+        with lock:
+            if not left:
+                left.update(conversion.store(get))
+            return left.pop(name)
 
     return {
         name: (replace(info, dtype=dtype_name(dtype)), partial(take, name)) for name, info in conversion.stored.items()

@@ -15,9 +15,12 @@ from typing import Any, Literal
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 
 VERSION = 1
-# Of stages whose outcome has changed for equal inputs since: search, which trial is published.
-_VERSIONS = {"search": 3}
+# Of stages whose outcome has changed for equal inputs since: which trial is published (search), how rows are
+# multiplied (search and grams), how large matrices are decomposed (anchor).
+_VERSIONS = {"search": 4, "grams": 2, "anchor": 2}
 _OUTPUTS = "outputs.json"
+COVERAGE = "coverage"
+"""In the provenance of a `model` artefact that was made without regression: how each parameter came about."""
 
 
 def version_of(stage: str) -> int:

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from bmm.checkpoint.reader import Checkpoint, TensorInfo
-from bmm.checkpoint.tensors import torch_dtype
+from bmm.checkpoint.tensors import dtype_name, torch_dtype
 from bmm.checkpoint.writer import write_weights
 from bmm.errors import BMMError
 
@@ -99,16 +100,29 @@ def test_the_same_tensors_give_the_same_bytes_and_readable_files(tmp_path: Path)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "a").iterdir()} == {rights}
 
 
-def test_at_most_one_shard_is_in_memory(tmp_path: Path) -> None:
-    infos = [TensorInfo(f"t{index}", (25,), "F32") for index in range(8)]
-    asked: list[int] = []
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_tensor_is_on_its_way_to_the_disk_before_the_next_is_made(tmp_path: Path, threads: int) -> None:
+    infos = [TensorInfo(f"t{index}", (2**16,), "F32") for index in range(16)]
+    written: list[int] = []
 
     def get(name: str) -> torch.Tensor:
-        asked.append(len(list(tmp_path.glob("*.safetensors"))))
-        return torch.zeros(25)
+        written.append(sum(file.stat().st_size for file in tmp_path.iterdir()) // 2**18)
+        return torch.zeros(2**16)
 
-    write_weights(tmp_path, infos, get, 200)
-    assert asked == [0, 0, 1, 1, 2, 2, 3, 3]
+    write_weights(tmp_path, infos, get, 2**30, threads)
+    # So many are at work at once, with one more that waits to be written.
+    assert all(done >= index - (threads > 1) * (threads + 1) for index, done in enumerate(written))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bytes_are_those_of_safetensors_itself(tmp_path: Path, threads: int) -> None:
+    dtypes = ("F32", "BOOL", "I64", "BF16", "U8", "F64", "F16", "I32", "I8", "I16", "U64", "U16", "U32")
+    tensors = {f"{name}.{dtype}": torch.ones(3, 5).to(torch_dtype(dtype)) for dtype in dtypes for name in ("β", "a")}
+    tensors |= {"none": torch.zeros(0, 4), "scalar": torch.tensor(2.5), "odd": torch.ones(3, dtype=torch.uint8)}
+    infos = [TensorInfo(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in tensors.items()]
+    (file,) = write_weights(tmp_path, infos, tensors.__getitem__, threads=threads)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_views_and_transposes_are_written_as_they_look(tmp_path: Path) -> None:
