@@ -9,7 +9,7 @@ BENCHMARK ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test benchmark benchmark-methods check clean
+.PHONY: install demo test benchmark benchmark-methods benchmark-scale check clean
 
 install: $(STAMP)
 
@@ -26,10 +26,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-benchmark: benchmark-methods
+benchmark: benchmark-methods benchmark-scale
 
 benchmark-methods: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m benchmarks.methods $(BENCHMARK)
+
+benchmark-scale: $(STAMP)
+	PYTHONPATH=tests $(VENV)/bin/python -m benchmarks.scale $(BENCHMARK)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
