@@ -35,10 +35,11 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
     """Run one expert's shards on one warm worker and on two, by turns."""
     from contextlib import ExitStack
 
-    from bmm.grams.cluster import run_all, workers
+    from distributed import Client, LocalCluster
+
     from bmm.grams.shards import compute_shard
     from bmm.pipeline import perform_here, run_stages
-    from bmm.recipe import ClusterSettings, Recipe
+    from bmm.recipe import Recipe
     from bmm.requests import Requests
     from bmm.sources import fingerprint_inputs
     from bmm.stages.grams import plan_job
@@ -61,13 +62,14 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
     def shards(client: Any) -> None:
         for shard in job.shards:
             store.discard("gram-shard", shard.key())
-        run_all(client, compute_shard, requests)
+        client.gather(client.map(compute_shard, requests, pure=False))
+
+    def started(count: int) -> Any:
+        said = {"n_workers": count, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+        return stack.enter_context(Client(stack.enter_context(LocalCluster(**said, silence_logs=50))))
 
     with ExitStack() as stack:
-        clients = {
-            str(count): stack.enter_context(workers(ClusterSettings(workers=count, memory_limit="4GiB")))
-            for count in (1, 2)
-        }
+        clients = {str(count): started(count) for count in (1, 2)}
         for client in clients.values():
             # Imports and the expert's weights are in place when the clock starts.
             shards(client)
@@ -117,20 +119,20 @@ def _changed(place: Path, recipe: Path) -> dict[str, Any]:
 
 @contextmanager
 def _started() -> Iterator[list[int]]:
-    """Count the clusters that the Gram stage starts inside the block."""
-    from bmm.stages import grams
+    """Count the local clusters that are started inside the block."""
+    from distributed import LocalCluster
 
-    count, real = [0], grams.workers
+    count, real = [0], LocalCluster.__init__
 
-    def counted(settings: Any) -> Any:
+    def counted(self: Any, *given: Any, **named: Any) -> None:
         count[0] += 1
-        return real(settings)
+        real(self, *given, **named)
 
-    grams.workers = counted
+    LocalCluster.__init__ = counted
     try:
         yield count
     finally:
-        grams.workers = real
+        LocalCluster.__init__ = real
 
 
 def make_experts(folder: Path, rows: int, layers: int) -> Path:

@@ -18,6 +18,16 @@ from typing import Any
 from benchmarks.measuring import Run, by_turns, ratio, run
 
 EXPERTS = 3
+_PREPARE = """
+import sys
+from pathlib import Path
+from benchmarks.llama import Shape, make
+
+place, experts, layers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+base = make(place / "base", Shape(num_hidden_layers=layers), 0)
+for number in range(experts):
+    make(place / f"expert-{number}", Shape(num_hidden_layers=layers), number + 1, base)
+"""
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "ta": ({"method": "ta", "scale": 0.3}, {"merge_method": "task_arithmetic", "each": {"weight": 0.3}}),
     "ties": (
@@ -31,12 +41,10 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 def measure(folder: Path, *, quick: bool, layers: int | None = None) -> dict[str, Any]:
     """Return what each method takes, ours over mergekit's."""
-    from benchmarks.scaling.checkpoints import LAYERS
-
-    layers = layers or (2 if quick else LAYERS)
+    layers = layers or (2 if quick else 22)
     found: dict[str, Any] = {"layers": layers, "methods": {}}
     with TemporaryDirectory(dir=folder) as place:
-        run(["-m", "benchmarks.scaling.checkpoints", place, str(EXPERTS), str(layers)])
+        run(["-c", _PREPARE, place, str(EXPERTS), str(layers)])
         for method in METHODS:
             found["methods"][method] = _method(Path(place), method, 1 if quick else 3)
     compared = {method: one for method, one in found["methods"].items() if one["mergekit"]}
