@@ -14,16 +14,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from bmm.anchors.settings import AnchorSettings, Method, TSVSettings, of_method
+from bmm.cluster.settings import ClusterSettings
 from bmm.completion import Choices, complete
 from bmm.errors import RecipeError
 from bmm.grams.settings import ActivationGrams, GramSettings
 from bmm.kinds.settings import SplitSource, Task
-from bmm.part import Part
+from bmm.part import SIZE_PATTERN, Part
 from bmm.regression.settings import RegressionSettings
 from bmm.search.settings import Search, SearchSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-SIZE_PATTERN = r"^\d+(\.\d+)?\s*([kKMGT]i?)?B$"
 
 
 class ExpertSource(Part):
@@ -38,14 +38,6 @@ class ExpertSource(Part):
     def splits(self) -> dict[str, SplitSource]:
         """Return the splits that there are, by name, in a fixed order."""
         return {} if self.task is None else self.task.splits()
-
-
-class ClusterSettings(Part):
-    """The Dask cluster that computes Gram matrices: an address, or local worker processes."""
-
-    scheduler: str | None = Field(default=None, description="tcp://host:port of a running scheduler")
-    workers: int = Field(default=2, ge=1)
-    memory_limit: str = Field(default="8GiB", pattern=SIZE_PATTERN)
 
 
 class EvaluationSettings(Part):

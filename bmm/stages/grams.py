@@ -1,6 +1,6 @@
 """The Gram stage: activations, as which experts and shards are missing, who computes them, what is kept.
 
-Between the shards (`bmm.grams.shards`), the cluster (`bmm.grams.cluster`) and the store. No worker starts unless a
+Between the shards (`bmm.grams.shards`), the cluster (`bmm.cluster`) and the store. No worker starts unless a
 shard is missing. The sources that need no forward pass are `bmm.stages.gram_sources`.
 """
 
@@ -12,15 +12,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from bmm.cluster.connection import workers
+from bmm.cluster.run import run_all
+from bmm.cluster.settings import ClusterSettings
 from bmm.grams import store as gram_store
-from bmm.grams.cluster import run_all, workers
 from bmm.grams.memory import whole_bytes
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.prediction import read_split
 from bmm.progress import progress
-from bmm.recipe import ClusterSettings
 from bmm.sizes import parse_bytes
 from bmm.sources import Expert
 from bmm.stages.gram_sources import GRAM_VERSION, blended, from_task_vectors, given

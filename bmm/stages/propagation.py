@@ -22,14 +22,15 @@ from safetensors.torch import save_file
 
 from bmm.assembly import Solved
 from bmm.checkpoint.mapped import mapped
+from bmm.cluster.connection import worker_count, workers
+from bmm.cluster.run import run_all
+from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_json
-from bmm.grams.cluster import run_all, worker_count, workers
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.modules.units import Unit, units_of
 from bmm.prediction import StoredWeights
 from bmm.progress import Bar, progress
-from bmm.recipe import ClusterSettings
 from bmm.regression.held_out import best_lambda
 from bmm.regression.moments import Moments, total, trusted
 from bmm.regression.posterior import Spectrum

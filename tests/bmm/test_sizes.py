@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmm.recipe import SIZE_PATTERN
+from bmm.part import SIZE_PATTERN
 from bmm.sizes import parse_bytes, readable_bytes
 
 

@@ -421,7 +421,7 @@ def test_a_scheduler_must_answer(
     monkeypatch: pytest.MonkeyPatch,
     assert_nothing_left: Callable[[dict[str, str]], None],
 ) -> None:
-    monkeypatch.setattr("bmm.grams.cluster._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("bmm.cluster.connection._CONNECT_SECONDS", 1)
     with socket.socket() as silent:
         # Bound but not listening: nobody else gets the port, and nobody answers at it.
         silent.bind(("127.0.0.1", 0))

@@ -174,7 +174,7 @@ def test_the_users_mistake_inside_a_task_is_told_once(
     tmp_path: Path,
 ) -> None:
     folder, _ = done
-    monkeypatch.setattr("bmm.grams.cluster._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("bmm.cluster.connection._CONNECT_SECONDS", 1)
     recipe = edit_recipe(folder, cluster={"scheduler": "tcp://127.0.0.1:9"}, output="./other")
     said = bmm_here("merge", recipe, "--store", tmp_path / "other-store")
     assert said.code == 2

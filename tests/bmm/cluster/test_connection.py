@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from distributed import Client
 
+from bmm.cluster import connection
+from bmm.cluster.connection import workers
+from bmm.cluster.run import run_all
+from bmm.cluster.settings import ClusterSettings
 from bmm.errors import ClusterError, DataError, RecipeError
-from bmm.grams import cluster
-from bmm.grams.cluster import run_all, workers
-from bmm.recipe import ClusterSettings
 
 
 class Counting:
@@ -57,7 +58,7 @@ def test_a_users_mistake_in_a_worker_comes_back_as_it_was(client: Client) -> Non
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "_CONNECT_SECONDS", 0.3)
     address = "tcp://127.0.0.1:9"
     said = rf"'cluster\.scheduler': no Dask scheduler answers at {address}"
     with pytest.raises(RecipeError, match=said) as caught, workers(ClusterSettings(scheduler=address)):
@@ -67,7 +68,7 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("address", ["nonsense://x", "tcp://"])
 def test_an_address_that_is_none_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "_CONNECT_SECONDS", 0.3)
     with pytest.raises(RecipeError, match=r"'cluster\.scheduler'"), workers(ClusterSettings(scheduler=address)):
         raise AssertionError("connected to nothing")
 
