@@ -25,8 +25,11 @@ class Bar(Protocol):
 class Reporter(Protocol):
     """Where bars are shown."""
 
-    def start(self, text: str, total: float) -> Bar:
-        """Open a bar of `total` steps."""
+    def start(self, text: str, total: float, unit: str = "") -> Bar:
+        """Open a bar of `total` steps; with a unit, how many of them a second is worth showing."""
+
+    def tell(self, text: str) -> None:
+        """Say a sentence that stays: where to look, or what went wrong and is being mended."""
 
     def finish(self, bar: Bar) -> None:
         """Close a bar, whether it got to its end or not."""
@@ -43,9 +46,12 @@ class _SilentBar:
 class SilentReporter:
     """Shows nothing: the default."""
 
-    def start(self, text: str, total: float) -> Bar:  # noqa: ARG002
+    def start(self, text: str, total: float, unit: str = "") -> Bar:  # noqa: ARG002
         """Return a bar that shows nothing."""
         return _SilentBar()
+
+    def tell(self, text: str) -> None:
+        """Do nothing."""
 
     def finish(self, bar: Bar) -> None:
         """Do nothing."""
@@ -65,11 +71,22 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 
 @contextmanager
-def progress(text: str, total: float) -> Iterator[Bar]:
-    """Open a bar of `total` steps on the current reporter for the length of the block."""
+def progress(text: str, total: float, unit: str = "") -> Iterator[Bar]:
+    """Open a bar of `total` steps on the current reporter for the length of the block.
+
+    Args:
+        text: what is being done.
+        total: the number of steps.
+        unit: what a step is, in the plural (`rows`), where their rate is worth showing.
+    """
     reporter = _current.get()
-    bar = reporter.start(text, total)
+    bar = reporter.start(text, total, unit)
     try:
         yield bar
     finally:
         reporter.finish(bar)
+
+
+def tell(text: str) -> None:
+    """Say a sentence that stays, through the current reporter."""
+    _current.get().tell(text)

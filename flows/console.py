@@ -11,20 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from bmm.progress import Bar, Reporter, reporting
 
 _WORTH_A_LINE_SECONDS = 2.0
+# Where no bar moves, long work says this often how far it is.
+_BETWEEN_LINES_SECONDS = 60.0
 
 
 class _TerminalBar:
@@ -45,9 +51,13 @@ class _TerminalReporter:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def start(self, text: str, total: float) -> Bar:
+    def start(self, text: str, total: float, unit: str = "") -> Bar:
         """Show a new bar below the open ones."""
-        return _TerminalBar(self._progress, self._progress.add_task(text, total=total))
+        return _TerminalBar(self._progress, self._progress.add_task(text, total=total, unit=unit))
+
+    def tell(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def finish(self, bar: Bar) -> None:
         """Take the bar away, leaving a line if the work took long enough to be wondered about."""
@@ -56,19 +66,38 @@ class _TerminalReporter:
         self._progress.remove_task(bar.task)
         # Work inside other work is part of that one's line.
         if not self._progress.tasks and (task.elapsed or 0.0) >= _WORTH_A_LINE_SECONDS:
-            self._progress.console.print(_line(task.description, task.completed, task.total, task.elapsed or 0.0))
+            unit = task.fields["unit"]
+            self._progress.console.print(_line(task.description, task.completed, task.total, task.elapsed or 0.0, unit))
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, of work whose steps are worth counting so."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate of the last half minute, or nothing."""
+        unit = task.fields["unit"]
+        return Text(f"{task.speed:,.0f} {unit}/s" if unit and task.speed else "", style="dim")
 
 
 class _LineBar:
-    def __init__(self, text: str, total: float) -> None:
+    def __init__(self, console: Console, text: str, total: float, unit: str) -> None:
         self.text = text
         self.total = total
+        self.unit = unit
         self.done = 0.0
-        self.started = time.perf_counter()
+        self.started = self._said = time.perf_counter()
+        self._console = console
 
     def advance(self, steps: float = 1.0) -> None:
-        """Count."""
+        """Count, and say now and then how far it is."""
         self.done += steps
+        now = time.perf_counter()
+        if now - self._said >= _BETWEEN_LINES_SECONDS and self.done < self.total:
+            self._said = now
+            seconds = now - self.started
+            left = seconds / self.done * (self.total - self.done)
+            line = _line(self.text, self.done, self.total, seconds, self.unit, f", about {left:.0f} s left")
+            self._console.print(line, soft_wrap=True)
 
     def describe(self, text: str) -> None:
         """Change the words."""
@@ -80,10 +109,14 @@ class _LineReporter:
         self._console = console
         self._open = 0
 
-    def start(self, text: str, total: float) -> Bar:
-        """Begin to count, silently."""
+    def start(self, text: str, total: float, unit: str = "") -> Bar:
+        """Begin to count."""
         self._open += 1
-        return _LineBar(text, total)
+        return _LineBar(self._console, text, total, unit)
+
+    def tell(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def finish(self, bar: Bar) -> None:
         """Print one line, if the work took long enough to be wondered about."""
@@ -91,12 +124,13 @@ class _LineReporter:
         self._open -= 1
         elapsed = time.perf_counter() - bar.started
         if self._open == 0 and elapsed >= _WORTH_A_LINE_SECONDS:
-            self._console.print(_line(bar.text, bar.done, bar.total, elapsed), soft_wrap=True)
+            self._console.print(_line(bar.text, bar.done, bar.total, elapsed, bar.unit), soft_wrap=True)
 
 
-def _line(text: str, done: float, total: float | None, seconds: float) -> str:
+def _line(text: str, done: float, total: float | None, seconds: float, unit: str = "", left: str = "") -> str:
     count = "" if total is None or done >= total else f" ({done:.0f} of {total:.0f})"
-    return f"[dim]{text}{count}, {seconds:.1f} s[/dim]"
+    rate = f", {done / seconds:,.0f} {unit}/s" if unit and seconds else ""
+    return f"[dim]{text}{count}, {seconds:.1f} s{rate}{left}[/dim]"
 
 
 @contextmanager
@@ -114,6 +148,7 @@ def shown(console: Console, *, quiet: bool = False) -> Iterator[None]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TextColumn("[dim]left[/dim]"),
         TimeRemainingColumn(),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bmm.progress import Bar, progress, reporting
+from bmm.progress import Bar, progress, reporting, tell
 
 
 class Recording:
@@ -11,9 +11,12 @@ class Recording:
     def __init__(self) -> None:
         self.said: list[tuple[object, ...]] = []
 
-    def start(self, text: str, total: float) -> Bar:
-        self.said.append(("start", text, total))
+    def start(self, text: str, total: float, unit: str = "") -> Bar:
+        self.said.append(("start", text, total, unit))
         return self
+
+    def tell(self, text: str) -> None:
+        self.said.append(("tell", text))
 
     def finish(self, bar: Bar) -> None:
         assert bar is self
@@ -28,15 +31,17 @@ class Recording:
 
 def test_a_bar_goes_to_the_reporter_of_the_block() -> None:
     recording = Recording()
-    with reporting(recording), progress("counting", 3) as bar:
+    with reporting(recording), progress("counting", 3, "rows") as bar:
         bar.advance()
         bar.advance(2)
         bar.describe("counted")
+        tell("a worker was lost")
     assert recording.said == [
-        ("start", "counting", 3),
+        ("start", "counting", 3, "rows"),
         ("advance", 1.0),
         ("advance", 2),
         ("describe", "counted"),
+        ("tell", "a worker was lost"),
         ("finish",),
     ]
 
@@ -58,5 +63,6 @@ def test_the_inner_reporter_wins_and_nobody_is_told_after_the_block() -> None:
     with progress("after", 1) as bar:
         bar.advance()
         bar.describe("silence")
+    tell("nobody")
     assert [entry[1] for entry in inner.said if entry[0] == "start"] == ["inside"]
     assert [entry[1] for entry in outer.said if entry[0] == "start"] == ["outside"]

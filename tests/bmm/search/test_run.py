@@ -239,9 +239,12 @@ def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.steps, self.texts, self.total = 0.0, [""], 0.0
 
-        def start(self, text: str, total: float) -> Recorder:
+        def start(self, text: str, total: float, unit: str = "") -> Recorder:  # noqa: ARG002
             self.texts, self.total = [text], total
             return self
+
+        def tell(self, text: str) -> None:
+            raise AssertionError(text)
 
         def finish(self, bar: object) -> None:
             assert bar is self

@@ -90,7 +90,7 @@ def test_the_bar_reaches_its_total(registry: Path, tmp_path: Path) -> None:
     shown: dict[str, float] = {"total": 0.0, "done": 0.0}
 
     class Counting(SilentReporter):
-        def start(self, text: str, total: float) -> Bar:
+        def start(self, text: str, total: float, unit: str = "") -> Bar:  # noqa: ARG002
             shown["total"] += total
             bar = super().start(text, total)
             bar.advance = lambda steps=1.0: shown.update(done=shown["done"] + steps)  # type: ignore[method-assign]
