@@ -16,7 +16,15 @@ from typing import Any
 
 from bmm.checkpoint.layout import Layout
 from bmm.digest import digest_json
-from bmm.notes import other_bases, singular_grams, starved_experts, unmatched, unmeasured, zero_task_vectors
+from bmm.notes import (
+    other_bases,
+    shards_again,
+    singular_grams,
+    starved_experts,
+    unmatched,
+    unmeasured,
+    zero_task_vectors,
+)
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import COVERAGE, Result, Work
@@ -42,6 +50,10 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
     if recipe.anchor.chooses_scale:
         anchor["chosen"] = work.read(results["anchor"].reference("anchor")).read_json("scale.json")
     said = recipe.document()
+    grams = results["grams"].outputs["experts"] if "grams" in results else {}
+    shards = {
+        name: made["shards"] for name, value in grams.items() if "shards" in (made := work.read(value).provenance)
+    }
     return {
         "schema": SCHEMA,
         "recipe_digest": digest_json(said),
@@ -69,10 +81,8 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "anchor": anchor,
         "grams": {
             "source": recipe.grams.source if "grams" in results else None,
-            "experts": {
-                name: results["grams"].reference("experts", name).digest
-                for name in (results["grams"].outputs["experts"] if "grams" in results else ())
-            },
+            "experts": {name: value["digest"] for name, value in grams.items()},
+            "shards": shards,
         },
         "metrics": {
             split: {task: measured[task] for task in (*experts, "mean")}
@@ -90,6 +100,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "notes": [
             *other_bases({name: expert.get("trained_on") for name, expert in experts.items()}, inputs.base.source),
             *unmatched(layout.unmatched),
+            *shards_again(shards),
             *(() if recipe.anchor_alone else unmeasured(evaluation["metrics"])),
             *(zero_task_vectors(_norms(results, inputs, work)) if "task-vectors" in results else ()),
             *starved_experts(coverage),

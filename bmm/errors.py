@@ -16,6 +16,10 @@ class ArtefactDamagedError(BMMError):
     """An artefact's bytes differ from what its manifest promises; the stage that made it must run again."""
 
 
+class StoreAwayError(BMMError):
+    """The artefact store is not where it was: its disk is not mounted, say; it may come back."""
+
+
 class ClusterError(BMMError):
     """The Dask cluster could not be started or reached, or lost a piece of work for good."""
 

@@ -66,6 +66,8 @@ def estimate_stages(
     anchored = fishers if recipe.anchor.method == "fisher" else 0
     if "fisher" in recipe.evaluation.compare and not anchored:
         compared += experts
+    # Workers elsewhere have memory of their own.
+    walk_here = walk_workers * walk_each if recipe.cluster.local else 0
     walk_note = f"a walk, {_workers(walk_workers, walk_each)}" if walk_workers else "each map on its own"
     return tuple(
         replace(stage, cached=stage.stage in done)
@@ -83,7 +85,7 @@ def estimate_stages(
                 "search",
                 False,
                 outline.stored_bytes + walk_disk,
-                max(search_memory, _PROCESS_BYTES + 2 * model + walk_workers * walk_each),
+                max(search_memory, _PROCESS_BYTES + 2 * model + walk_here),
                 walk_note,
                 # A single share is walked in the merge's own process.
                 walk_each if walk_workers > 1 else 0,
@@ -131,7 +133,8 @@ def _grams(recipe: Recipe, model: int, gram: int) -> StagePlan:
     copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
     workers, each = recipe.cluster.workers, _PROCESS_BYTES + model + 2 * gram
     note = f"{shards} shards, {_workers(workers, each)}"
-    return StagePlan("grams", False, gram * (copies + shards), workers * each, note, each)
+    here = workers * each if recipe.cluster.local else _PROCESS_BYTES
+    return StagePlan("grams", False, gram * (copies + shards), here, note, each)
 
 
 def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int]:

@@ -83,5 +83,18 @@ def starved_experts(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Too few calibration tokens reached {count} {which}: these keep the anchor; give more calibration rows."]
 
 
+def shards_again(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Say how much of the Gram stage was begun more than once; `counts` is expert -> `computed`, `again`, `found`."""
+    again = sum(count["again"] for count in counts.values())
+    if not again:
+        return []
+    computed = sum(count["computed"] for count in counts.values())
+    times = "once" if again == 1 else f"{again} times"
+    return [
+        f"Of the {computed} shards of Gram matrices that were computed, one had to be begun again {times}, after a "
+        "worker was lost or a file was damaged."
+    ]
+
+
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -121,6 +121,7 @@ class Store:
         self.root = root.resolve()
         self.fresh = fresh
         self._made: set[Path] = set()
+        self._seen = False
         self._verified: dict[Path, tuple[int, int, int]] = {}
 
     @classmethod
@@ -175,6 +176,7 @@ class Store:
         manifest = read_manifest(path, what)
         for name, expected in manifest["files"].items():
             self._check(path / name, expected, what)
+        self._seen = True
         return Artefact(Reference(kind, key, manifest["digest"]), path, manifest)
 
     def _check(self, path: Path, expected: Mapping[str, Any], what: str) -> None:
@@ -232,7 +234,7 @@ class Store:
                 shutil.rmtree(progress)
             self._remove_drafts(kind, key)
             folder = self.root / "drafts" / f"{kind}-{key}-{uuid.uuid4().hex[:8]}"
-            folder.mkdir(parents=True)
+            self._make_folder(folder)
             draft = Draft(folder, progress)
             try:
                 make(draft)
@@ -240,7 +242,7 @@ class Store:
                 for name in manifest["files"]:
                     sync(folder / name)
                 _write_durably(folder / MANIFEST, _manifest_text(manifest))
-                final.parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder(final.parent)
                 if final.exists():
                     final.rename(folder.with_name(folder.name + "-replaced"))
                 folder.rename(final)
@@ -255,6 +257,14 @@ class Store:
             self._verified[final / name] = (state.st_size, state.st_mtime_ns, state.st_ino)
         return Reference(kind, key, manifest["digest"])
 
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder of the store, and the store with the first one."""
+        if not self._seen:
+            self.root.mkdir(parents=True, exist_ok=True)
+        # A store that has been read from and is away now, its disk unmounted say, must not be made anew in its place.
+        for part in reversed([folder, *folder.parents[: len(folder.relative_to(self.root).parts) - 1]]):
+            part.mkdir(exist_ok=True)
+
     def _remove_drafts(self, kind: str, key: str) -> None:
         """Remove what a killed attempt left; the caller holds the key's lock, so nobody is writing there."""
         for left in (self.root / "drafts").glob(f"{kind}-{key}-*"):
@@ -268,7 +278,7 @@ class Store:
             OutputError: the disk refuses.
         """
         with explained(self.root):
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            self._make_folder(self.root / "locks")
             lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock")
             lock.acquire()
         try:

@@ -157,6 +157,7 @@ def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = N
                 "matrices": len(names),
                 "rows": max(reader.rows(name) for name in names),
                 "bytes": sum(entry["bytes"] for entry in artefact.manifest["files"].values()),
+                "shards": artefact.provenance.get("shards"),
             }
         )
     return {

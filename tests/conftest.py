@@ -103,11 +103,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("bmm.stages.grams.workers", lambda _: nullcontext())
     monkeypatch.setattr(
-        "bmm.stages.grams.run_all", lambda _, function, requests, __: [function(dict(one)) for one in requests]
+        "bmm.stages.grams.run_all", lambda _, function, requests, *__, **___: [function(dict(one)) for one in requests]
     )
-    client = SimpleNamespace(run=lambda function, walk, **_: function(walk))
-    monkeypatch.setattr("bmm.stages.propagation.workers", lambda _: nullcontext(client))
-    monkeypatch.setattr("bmm.stages.propagation.worker_count", lambda _: 1)
+    cluster = SimpleNamespace(count=lambda: 1, everywhere=lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("bmm.stages.propagation.workers", lambda _: nullcontext(cluster))
     monkeypatch.setattr(
         "bmm.stages.propagation.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
     )

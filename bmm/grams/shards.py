@@ -9,6 +9,7 @@ memory or one layer at a time.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,10 +19,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bmm.away import store_at_hand
 from bmm.checkpoint.architecture import encoder_names
 from bmm.checkpoint.mapped import mapped
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.verified import open_verified
+from bmm.device import placed, worker_device
 from bmm.digest import canonical_json
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
@@ -73,28 +76,66 @@ def shards_of(request: ShardRequest, rows: int, shard_rows: int) -> list[ShardRe
     ]
 
 
-def compute_shard(values: dict[str, Any]) -> dict[str, Any]:
-    """Compute one shard, if the store does not have it, and return the reference to it. Runs in a worker."""
+@dataclass(frozen=True)
+class ShardAnswer:
+    """What a worker says of a shard: where it is, and how often it was begun until it was whole; 0 if it was there."""
+
+    reference: Reference
+    attempts: int
+
+
+def compute_shard(values: dict[str, Any]) -> ShardAnswer:
+    """Compute one shard, if the store does not have it. Runs in a worker.
+
+    Raises:
+        StoreAwayError: the store does not show the rows; it may come back.
+    """
     request = ShardRequest(**{**values, "maps": tuple(values["maps"])})
-    store = Store(Path(request.store))
+    store = _store_at(request.store)
+    data = Reference.from_json(request.data)
+    attempts = 0
 
     def make(draft: Draft) -> None:
-        split = read_split(store.read(Reference.from_json(request.data)), "calibration")
+        nonlocal attempts
+        attempts = _attempts(draft)
         maps = [LinearMap.from_json(value) for value in request.maps]
-        rows: dict[str, int] = {}
+        counted: dict[str, int] = {}
         # A file for each unit of the network, written before the next part of it is computed.
-        for sums in _sums(request, maps, split.rows[request.start : request.stop]):
+        for sums in _sums(request, maps, _rows(request.store, data)[request.start : request.stop]):
             for place, unit in enumerate(units_of(maps)):
-                if found := {group: sums[group].total for group in unit.groups if group in sums}:
+                if found := {group: sums[group].total.cpu() for group in unit.groups if group in sums}:
                     save_file(found, draft.path / f"sums-{place:05}.safetensors")
-            rows |= {name: part.rows for name, part in sums.items()}
+            counted |= {name: part.rows for name, part in sums.items()}
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
-        draft.write_json("rows.json", rows)
+        draft.write_json("rows.json", counted)
+        shutil.rmtree(draft.progress)
 
     # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
-    with one_thread():
+    with store_at_hand(store, data), one_thread():
         reference, _ = store.obtain("gram-shard", request.key(), make)
-    return reference.to_json()
+    return ShardAnswer(reference, attempts)
+
+
+def _attempts(draft: Draft) -> int:
+    """Count one more attempt at a draft, where those are counted that were killed."""
+    # Not its parents, which a store that has just gone away would be made anew by.
+    for folder in (draft.progress.parent, draft.progress):
+        folder.mkdir(exist_ok=True)
+    with (draft.progress / "attempts").open("ab") as marks:
+        marks.write(b".")
+        return marks.tell()
+
+
+@lru_cache(maxsize=1)
+def _store_at(store: str) -> Store:
+    """Return the store; one for all shards of a worker, so that the rows are not checked anew for each."""
+    return Store(Path(store))
+
+
+@lru_cache(maxsize=1)
+def _rows(store: str, data: Reference) -> Sequence[Any]:
+    """Return the calibration rows, of which each shard takes a few."""
+    return read_split(_store_at(store).read(data), "calibration").rows
 
 
 def _sums(request: ShardRequest, maps: Sequence[LinearMap], rows: Sequence[Any]) -> Iterator[dict[str, GramSum]]:
@@ -102,7 +143,7 @@ def _sums(request: ShardRequest, maps: Sequence[LinearMap], rows: Sequence[Any])
     where = (request.expert_path, request.expert_base, request.expert_digest)
     if not request.streamed:
         model = _loaded(*where, canonical_json(request.reading), request.batch_size)
-        yield collect(model.encoder, model.batches(model.prepare(rows)), maps)
+        yield collect(model.encoder, placed(model.batches(model.prepare(rows)), worker_device()), maps)
         return
     with _opened(*where) as checkpoint:
         model, names = _built(checkpoint, request.reading, request.batch_size)
@@ -124,6 +165,7 @@ def _loaded(path: str, base: str | None, digest: str, reading: str, batch_size: 
     with _opened(path, base, digest) as checkpoint:
         model, names = _built(checkpoint, json.loads(reading), batch_size)
         model.load_encoder({name: checkpoint.tensor(stored) for name, stored in names.items()})
+        model.module.to(worker_device())
         return model
 
 

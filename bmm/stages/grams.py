@@ -7,11 +7,14 @@ shard is missing. The sources that need no forward pass are `bmm.stages.gram_sou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from bmm.away import patiently, store_at_hand
 from bmm.cluster.connection import workers
 from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
@@ -21,7 +24,7 @@ from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.prediction import read_split
-from bmm.progress import progress
+from bmm.progress import progress, tell
 from bmm.sizes import parse_bytes
 from bmm.sources import Expert
 from bmm.stages.gram_sources import GRAM_VERSION, blended, from_task_vectors, given
@@ -104,30 +107,77 @@ def _compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> d
     if fresh:
         for shard in missing:
             work.store.discard("gram-shard", shard.key())
+    attempts: dict[str, int] = {}
     if missing:
+        rows = sum(_rows(vars(shard)) for shard in missing)
         try:
-            with progress("collecting Gram matrices", len(missing)) as bar, workers(cluster) as client:
-                run_all(client, compute_shard, [vars(shard) for shard in missing], bar)
+            with progress("collecting Gram matrices", rows, "rows") as bar, workers(cluster) as reached:
+                answers = run_all(reached, compute_shard, [vars(shard) for shard in missing], bar, steps=_rows)
         except BaseException:
             # One shard's error ends the workers in the middle of others.
             work.store.remove_leftovers()
             raise
-    return {job.expert: _sum(work, job) for job in jobs}
+        attempts = {answer.reference.key: answer.attempts for answer in answers}
+    counts: dict[str, dict[str, int]] = {}
+    made = {}
+    for job in jobs:
+        # The store may go away here as well as under a worker.
+        made[job.expert] = patiently(partial(_sum, work, job, attempts, counts), cluster.retry_seconds)
+    _tell_counts(counts.values())
+    return made
 
 
-def _sum(work: Work, job: GramJob) -> Reference:
+def _tell_counts(counts: Iterable[Mapping[str, int]]) -> None:
+    total = Counter[str]()
+    for count in counts:
+        total.update(count)
+    computed, again, found = (total[name] for name in ("computed", "again", "found"))
+    if again or found:
+        tell(f"Gram shards: {computed} computed, {again} begun again, {found} found.")
+
+
+def _rows(shard: Mapping[str, Any]) -> float:
+    return float(shard["stop"] - shard["start"])
+
+
+def _sum(
+    work: Work, job: GramJob, attempts: Mapping[str, int], counts: MutableMapping[str, dict[str, int]]
+) -> Reference:
+    """Return the sum of a job's shards.
+
+    Args:
+        work: the way to the store.
+        job: says which shards.
+        attempts: by key, how often each was begun that was not there.
+        counts: is given what came of the job's shards, by expert, if they are summed now.
+    """
+
     def make(draft: Draft) -> None:
         # Through `obtain`, so that a shard damaged since it was computed is made again rather than believed.
-        shards = [work.read(Reference.from_json(compute_shard(dict(vars(shard))))) for shard in job.shards]
+        answers = [compute_shard(dict(vars(shard))) for shard in job.shards]
+        shards = [work.read(answer.reference) for answer in answers]
         groups = [values["input_group"] for values in job.settings["maps"]]
         provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
         gram_store.write(draft.path / "grams.zarr", reduce(shards, sorted(groups)), provenance)
+        begun = [attempts.get(answer.reference.key, 0) + answer.attempts for answer in answers]
+        draft.provenance["shards"] = counts[job.expert] = counted(begun)
 
-    reference = work.obtain("grams", job.inputs, make, settings=job.settings, version=GRAM_VERSION)
+    with store_at_hand(work.store, Reference.from_json(job.shards[0].data)):
+        reference = work.obtain("grams", job.inputs, make, settings=job.settings, version=GRAM_VERSION)
     # The shards are summed and the sum is durable: they have done their work.
     for shard in job.shards:
         work.store.discard("gram-shard", shard.key())
     return reference
+
+
+def counted(attempts: Sequence[int]) -> dict[str, int]:
+    """Count shards by how often they were begun, found ones not at all.
+
+    Returns:
+        `computed`: shards that this run computed; `again`: attempts beyond the first; `found`: shards that were there.
+    """
+    computed = [count for count in attempts if count]
+    return {"computed": len(computed), "again": sum(computed) - len(computed), "found": len(attempts) - len(computed)}
 
 
 def grams(work: Work, request: Request) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distributed import Client
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bmm.assembly import Solved
 from bmm.checkpoint.mapped import mapped
-from bmm.cluster.connection import worker_count, workers
+from bmm.cluster.connection import Cluster, workers
 from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_json
@@ -179,7 +178,7 @@ class _Walker:
         self._weights = settings.weights([expert.name for expert in setup.experts])
         self._stack = stack
         self._bar = bar
-        self._client: Client | None = None
+        self._workers: Cluster | None = None
         self._shares: list[tuple[int, ...]] = []
 
     def solve_unit(self, draft: Draft, unit: Unit) -> None:
@@ -224,10 +223,10 @@ class _Walker:
         if self._shares:
             return
         count = 1
-        if self._cluster.scheduler is not None or min(self._cluster.workers, self._experts) > 1:
-            self._client = client = self._stack.enter_context(workers(self._cluster))
-            count = min(worker_count(client), self._experts)
-            self._stack.callback(client.run, forget, self._identity, on_error="ignore")
+        if not self._cluster.local or min(self._cluster.workers, self._experts) > 1:
+            self._workers = self._stack.enter_context(workers(self._cluster))
+            count = min(self._workers.count(), self._experts)
+            self._stack.callback(self._workers.everywhere, forget, self._identity)
         else:
             self._stack.callback(forget, self._identity)
         bounds = [self._experts * share // count for share in range(count + 1)]
@@ -254,11 +253,11 @@ class _Walker:
             for share in self._shares
         ]
         answers: Sequence[list[tuple[Moments, ...]]]
-        if self._client is None:
+        if self._workers is None:
             answers = [part_moments(values) for values in requests]
         else:
             # Each share where its activations are, for as long as that worker lives.
-            answers = run_all(self._client, part_moments, requests, at_home=True)
+            answers = run_all(self._workers, part_moments, requests, at_home=True)
         self._bar.advance(self._experts)
         tasks = [moments for answer in answers for moments in answer]
         return [list(fold) for fold in zip(*tasks, strict=True)]

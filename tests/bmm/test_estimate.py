@@ -81,6 +81,10 @@ def test_shards_and_workers_follow_the_rows(pico: Path) -> None:
     found = stages(pico, experts=calibrated(pico, 24), grams={"shard_rows": 12}, cluster={"workers": 3})["grams"]
     assert "6 shards, 3 workers" in found.note
     assert found.disk_bytes == (3 + 6) * GRAM
+    assert found.memory_bytes == 3 * found.worker_bytes
+    jobs = {"workers": 64, "slurm": {}}
+    elsewhere = stages(pico, experts=calibrated(pico, 24), grams={"shard_rows": 12}, cluster=jobs)["grams"]
+    assert elsewhere.worker_bytes == found.worker_bytes > elsewhere.memory_bytes, "jobs have memory of their own"
 
 
 def test_a_worker_over_its_limit_is_said_so(pico: Path) -> None:

@@ -1,6 +1,14 @@
 from __future__ import annotations
 
-from bmm.notes import other_bases, singular_grams, starved_experts, unmatched, unmeasured, zero_task_vectors
+from bmm.notes import (
+    other_bases,
+    shards_again,
+    singular_grams,
+    starved_experts,
+    unmatched,
+    unmeasured,
+    zero_task_vectors,
+)
 
 
 def norms(**values: float) -> dict[str, dict[str, float]]:
@@ -63,3 +71,11 @@ def test_experts_of_a_mixture_that_kept_the_anchor_are_counted() -> None:
     assert starved_experts([{"parameter": "query"}, reached]) == []
     (note,) = starved_experts([{"parameter": "query"}, reached, starved])
     assert note.startswith("Too few calibration tokens reached 2 matrices of experts of a mixture, the first in down:")
+
+
+def test_shards_that_were_begun_again_are_counted_over_all_experts() -> None:
+    quiet = {"computed": 3, "again": 0, "found": 1}
+    assert shards_again({}) == []
+    assert shards_again({"news": quiet}) == []
+    (note,) = shards_again({"news": quiet, "mail": {"computed": 2, "again": 4, "found": 0}})
+    assert note.startswith("Of the 5 shards of Gram matrices that were computed, one had to be begun again 4 times")

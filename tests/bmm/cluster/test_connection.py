@@ -1,60 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
-from distributed import Client
 
 from bmm.cluster import connection
 from bmm.cluster.connection import workers
-from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
-from bmm.errors import ClusterError, DataError, RecipeError
+from bmm.errors import ClusterError, RecipeError
+from bmm.progress import SilentReporter, reporting
 
 
-class Counting:
+class Listening(SilentReporter):
     def __init__(self) -> None:
-        self.steps = 0.0
+        self.told: list[str] = []
 
-    def advance(self, steps: float = 1.0) -> None:
-        self.steps += steps
-
-    def describe(self, text: str) -> None:
-        raise AssertionError(text)
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=":0") as found:
-        yield found
-
-
-def test_answers_come_in_the_order_of_the_requests(client: Client) -> None:
-    def square(request: dict[str, Any]) -> dict[str, Any]:
-        import time
-
-        time.sleep(0.02 * (5 - request["number"]))
-        return {"square": request["number"] ** 2}
-
-    bar = Counting()
-    assert run_all(client, square, [{"number": number} for number in range(6)], bar) == [
-        {"square": number**2} for number in range(6)
-    ]
-    assert bar.steps == 6
-
-
-def test_equal_requests_are_each_answered(client: Client) -> None:
-    assert run_all(client, lambda request: request, [{"a": 1}, {"a": 1}], Counting()) == [{"a": 1}, {"a": 1}]
-    assert run_all(client, lambda request: request, [], Counting()) == []
-
-
-def test_a_users_mistake_in_a_worker_comes_back_as_it_was(client: Client) -> None:
-    def fail(request: dict[str, Any]) -> dict[str, Any]:
-        raise DataError(f"row {request['number']} is wrong")
-
-    with pytest.raises(DataError, match="row 3 is wrong"):
-        run_all(client, fail, [{"number": 3}], Counting())
+    def tell(self, text: str) -> None:
+        self.told.append(text)
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,26 +33,34 @@ def test_an_address_that_is_none_is_named(address: str, monkeypatch: pytest.Monk
         raise AssertionError("connected to nothing")
 
 
-@pytest.mark.slow
-def test_a_worker_that_dies_has_its_work_done_elsewhere_and_a_deadly_request_is_given_up(tmp_path: Any) -> None:
-    def die_once(request: dict[str, Any]) -> dict[str, Any]:
-        import os
-        from pathlib import Path
+def test_a_scheduler_without_workers_is_waited_for_and_named() -> None:
+    from distributed import LocalCluster
 
-        mark = Path(request["folder"]) / "died"
-        if request["number"] == 1 and not mark.exists():
-            mark.write_text("")
-            os._exit(1)
-        return {"number": request["number"]}
+    with LocalCluster(
+        n_workers=0, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as empty:
+        address = str(empty.scheduler_address)
+        settings = ClusterSettings(scheduler=address, retry_seconds=0.5)
+        with (
+            workers(settings) as cluster,
+            pytest.raises(ClusterError, match=rf"{address} has had no workers for 0 s; start"),
+        ):
+            cluster.count()
 
-    def die(request: dict[str, Any]) -> dict[str, Any]:
-        import os
 
-        os._exit(1)
+def test_the_dashboard_is_shown_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import LocalCluster
 
-    requests = [{"number": number, "folder": str(tmp_path)} for number in range(4)]
-    with workers(ClusterSettings(workers=1, memory_limit="1 GiB")) as client:
-        assert run_all(client, die_once, requests, Counting()) == [{"number": number} for number in range(4)]
-        assert (tmp_path / "died").exists()
-        with pytest.raises(ClusterError, match="killed every worker that tried it"):
-            run_all(client, die, requests[:1], Counting())
+    heard = Listening()
+    with (
+        LocalCluster(
+            n_workers=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as local,
+        reporting(heard),
+    ):
+        settings = ClusterSettings(scheduler=str(local.scheduler_address))
+        monkeypatch.setattr(connection, "_has_dashboard", lambda _: True)
+        with workers(settings) as cluster:
+            assert cluster.count() == 1
+            assert heard.told == [f"Dask's dashboard: {local.dashboard_link}"]
+            assert local.dashboard_link.startswith("http://127.0.0.1:")

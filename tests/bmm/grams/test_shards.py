@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmm.errors import CheckpointError
+from bmm.errors import CheckpointError, StoreAwayError
 from bmm.evaluation.data import Split
 from bmm.grams.collect import GramSum
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
@@ -63,7 +63,7 @@ def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardR
 
 def summed(requests: list[ShardRequest]) -> dict[str, GramSum]:
     store = Store(Path(requests[0].store))
-    return dict(reduce([store.read(Reference.from_json(compute_shard(vars(one)))) for one in requests], GROUPS))
+    return dict(reduce([store.read(compute_shard(vars(one)).reference) for one in requests], GROUPS))
 
 
 @settings(max_examples=8, deadline=None)
@@ -88,9 +88,10 @@ def test_every_row_is_in_one_shard(whole: ShardRequest, rows: int, shard_rows: i
 def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp_path: Path) -> None:
     request = replace(whole, start=3, stop=11)
     first = compute_shard(vars(request))
-    folder = Path(whole.store) / "artefacts" / "gram-shard" / first["key"]
+    assert first.attempts == 1
+    folder = Path(whole.store) / "artefacts" / "gram-shard" / first.reference.key
     inode = (folder / "sums-00000.safetensors").stat().st_ino
-    assert compute_shard(vars(request)) == first
+    assert compute_shard(vars(request)) == replace(first, attempts=0)
     assert (folder / "sums-00000.safetensors").stat().st_ino == inode
     elsewhere = Store(tmp_path / "other")
     rows = Store(Path(whole.store)).read(Reference.from_json(whole.data)).file("calibration.jsonl").read_text()
@@ -107,11 +108,33 @@ def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp
 def test_a_damaged_shard_is_computed_again(whole: ShardRequest) -> None:
     request = replace(whole, start=12, stop=20)
     first = compute_shard(vars(request))
-    file = Path(whole.store) / "artefacts" / "gram-shard" / first["key"] / "sums-00000.safetensors"
+    file = Path(whole.store) / "artefacts" / "gram-shard" / first.reference.key / "sums-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     assert compute_shard(vars(request)) == first
     assert file.read_bytes() == content
+
+
+def test_attempts_that_were_killed_are_counted(whole: ShardRequest) -> None:
+    request = replace(whole, start=21, stop=22)
+    killed = Path(whole.store) / "progress" / f"gram-shard-{request.key()}"
+    killed.mkdir(parents=True)
+    (killed / "attempts").write_bytes(b"..")
+    assert compute_shard(vars(request)).attempts == 3
+    assert not killed.exists()
+
+
+def test_a_store_that_is_away_is_told_and_not_made_anew(whole: ShardRequest) -> None:
+    request = replace(whole, start=22, stop=23)
+    root = Path(whole.store)
+    elsewhere = root.rename(root.with_name("elsewhere"))
+    try:
+        with pytest.raises(StoreAwayError, match=f"the store {root} is not there any more"):
+            compute_shard(vars(request))
+        assert not root.exists()
+    finally:
+        elsewhere.rename(root)
+    assert compute_shard(vars(request)).attempts == 1
 
 
 def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: ShardRequest) -> None:
@@ -134,7 +157,7 @@ def test_a_streamed_expert_gives_the_same_bytes(whole: ShardRequest, tmp_path: P
     first = compute_shard(vars(request))
     assert Store(Path(whole.store)).discard("gram-shard", request.key())
     again = compute_shard(vars(replace(request, streamed=True)))
-    assert again == first
+    assert again.reference == first.reference
 
 
 def test_an_expert_that_was_changed_meanwhile_is_refused(whole: ShardRequest) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Client
 from safetensors.torch import load_file
 
+from bmm.cluster.connection import Cluster
 from bmm.errors import RecipeError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
@@ -151,13 +151,13 @@ def test_a_worker_that_dies_on_the_way_changes_no_byte(
     edit_recipe(merged, cluster={"scheduler": dask_scheduler})
     ask, asked = propagation.run_all, []
 
-    def ask_and_kill(client: Client, *arguments: Any, **options: Any) -> Any:
+    def ask_and_kill(cluster: Cluster, *arguments: Any, **options: Any) -> Any:
         asked.append(1)
         if len(asked) == 3:
             # In the middle of the first layer.
-            processes = client.run(os.getpid)
+            processes = cluster.client.run(os.getpid)
             os.kill(next(iter(processes.values())), signal.SIGKILL)
-        return ask(client, *arguments, **options)
+        return ask(cluster, *arguments, **options)
 
     monkeypatch.setattr(propagation, "run_all", ask_and_kill)
     search(merged)
