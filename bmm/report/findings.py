@@ -27,6 +27,7 @@ _STRENGTHS = {
     "fixed": "the strength of the prior is as the recipe has it, without a search",
 }
 _SOURCES = {
+    "propagated": "what the merged model itself reads on the calibration rows, layer by layer",
     "activations": "what the experts read on their calibration rows",
     "task-vectors": "the experts' task vectors, without any data",
     "hybrid": "what the experts read on their calibration rows, blended with their task vectors",
@@ -287,6 +288,8 @@ def method(document: Document) -> str:
     if strength_rule(document) == "none":
         return "nothing was regressed: the merged model is the anchor itself"
     source = str((document.get("grams") or {}).get("source", "activations"))
+    if ((document.get("recipe") or {}).get("regression") or {}).get("mode") == "propagated":
+        source = "propagated"
     return f"the regression is on {_SOURCES[source]}; {_STRENGTHS[strength_rule(document)]}"
 
 

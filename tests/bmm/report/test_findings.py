@@ -40,6 +40,9 @@ def test_how_the_regression_was_made_is_said_in_words(document):
         "the regression is on what the experts read on their calibration rows; the strength of the prior was searched "
         "on validation rows"
     )
+    document["recipe"] = {"regression": {"mode": "propagated"}}
+    assert "what the merged model itself reads on the calibration rows" in findings.method(document)
+    document["recipe"] = {"regression": {"mode": "module-wise"}}
     document["grams"] = {"source": "task-vectors"}
     for rule, said in (("fixed", "as the recipe has it, without a search"), ("evidence", "most probable given the")):
         document["search"]["lambda"] = rule
