@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from bmm.errors import RecipeError
+from bmm.grams.memory import PROCESS_BYTES, streamed_bytes, whole_bytes
 from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams
 from bmm.outline import Outline
 from bmm.recipe import ExpertSource, Recipe
 from bmm.sizes import parse_bytes, readable_bytes
 
 _FLOAT32, _FLOAT64 = 4, 8
-# What Python, torch and transformers take before a weight is loaded (measured: about 450 MiB a process).
-_PROCESS_BYTES = 450 * 2**20
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,15 @@ def estimate_stages(
     solved = sum(number * outputs * inputs for number, outputs, inputs in matrices) * _FLOAT64
     factors = gram + solved
     model = outline.weights * _FLOAT32
-    grams = _grams(recipe, model, gram)
+    grams = _grams(recipe, outline, tokens)
     walk_workers, walk_each = _walk(recipe, outline, tokens)
     # The moments of every layer go to the store.
     walk_disk = factors if walk_workers else 0
-    search_memory = _PROCESS_BYTES + 4 * model + factors + gram // max(len(sizes), 1) * experts
+    if recipe.search.trials:
+        # All factors, the rest of the model, and the encoder that is measured.
+        search_memory = PROCESS_BYTES + 4 * model + factors + gram // max(len(sizes), 1) * experts
+    else:
+        search_memory = _solving(outline, experts if walk_workers else 1)
     compared = len(recipe.evaluation.compare)
     # Gradients are summed in float64, beside the model and one row's own.
     fishers, fisher_memory = experts * model, 4 * model
@@ -72,20 +75,21 @@ def estimate_stages(
     return tuple(
         replace(stage, cached=stage.stage in done)
         for stage in (
-            StagePlan("experts", False, 0, _PROCESS_BYTES + model),
-            StagePlan("task-vectors", False, 0, _PROCESS_BYTES),
+            StagePlan("experts", False, 0, PROCESS_BYTES + model),
+            StagePlan("task-vectors", False, 0, PROCESS_BYTES),
             grams,
             StagePlan(
                 "anchor",
                 False,
                 model * (2 if recipe.anchor.chooses_scale else 1) + anchored,
-                _PROCESS_BYTES + model + (fisher_memory if anchored else 0),
+                PROCESS_BYTES + model + (fisher_memory if anchored else 0),
             ),
             StagePlan(
                 "search",
                 False,
                 outline.stored_bytes + walk_disk,
-                max(search_memory, _PROCESS_BYTES + 2 * model + walk_here),
+                # A single share is walked in the process that solves; others stand beside it.
+                search_memory + walk_here - (PROCESS_BYTES if walk_workers == 1 else 0),
                 walk_note,
                 # A single share is walked in the merge's own process.
                 walk_each if walk_workers > 1 else 0,
@@ -94,9 +98,9 @@ def estimate_stages(
                 "evaluate",
                 False,
                 model * compared,
-                _PROCESS_BYTES + max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
+                PROCESS_BYTES + max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
             ),
-            StagePlan("publish", False, outline.stored_bytes, _PROCESS_BYTES),
+            StagePlan("publish", False, outline.stored_bytes, PROCESS_BYTES),
         )
     )
 
@@ -115,32 +119,35 @@ def worker_shortage(stages: Sequence[StagePlan], recipe: Recipe) -> tuple[float,
     return neediest.worker_bytes / limit, RecipeError(message)
 
 
-def _grams(recipe: Recipe, model: int, gram: int) -> StagePlan:
-    """Return what the Gram stage needs.
-
-    Args:
-        recipe: says where the matrices come from.
-        model: bytes of one model in memory.
-        gram: bytes of one expert's matrices.
-    """
+def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan:
+    """Return what the Gram stage needs; workers that the whole expert does not fit into have it streamed."""
     experts, settings = len(recipe.experts), recipe.grams
+    sizes = outline.gram_sizes
+    gram = sum(size**2 for size in sizes) * _FLOAT64
+    if not recipe.reads_grams:
+        return StagePlan("grams", False, 0, PROCESS_BYTES, "nothing in this merge reads them")
     match settings:
         case TaskVectorGrams():
-            return StagePlan("grams", False, gram * experts, _PROCESS_BYTES + gram, "from the task vectors, no data")
+            return StagePlan("grams", False, gram * experts, PROCESS_BYTES + gram, "from the task vectors, no data")
         case ArtifactGrams():
-            return StagePlan("grams", False, gram * experts, _PROCESS_BYTES, "made elsewhere, copied")
+            return StagePlan("grams", False, gram * experts, PROCESS_BYTES, "made elsewhere, copied")
     shards = sum(math.ceil(_calibration_rows(expert) / settings.shard_rows) for expert in recipe.experts)
     copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
-    workers, each = recipe.cluster.workers, _PROCESS_BYTES + model + 2 * gram
-    note = f"{shards} shards, {_workers(workers, each)}"
-    here = workers * each if recipe.cluster.local else _PROCESS_BYTES
+    workers, each, how = recipe.cluster.workers, whole_bytes(outline.weights, sizes), ""
+    if each > parse_bytes(recipe.cluster.memory_limit):
+        hidden = settings.shard_rows * max(tokens, default=0) * outline.hidden
+        each = streamed_bytes(outline.outside, outline.largest_layer, outline.layer_gram_sizes, hidden)
+        how = ", layer by layer"
+    note = f"{shards} shards{how}, {_workers(workers, each)}"
+    here = workers * each if recipe.cluster.local else PROCESS_BYTES
     return StagePlan("grams", False, gram * (copies + shards), here, note, each)
 
 
 def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int]:
     """Return how many workers walk through the network, none without a walk, and what the largest share needs.
 
-    A worker holds the merged model, one expert, and its own tasks' activations.
+    A worker holds what stands outside of the layers, and one layer, of the merged model and of an expert, the hidden
+    states and answers of its own tasks' rows, and one group's moments: of each task, and twice while they are summed.
     """
     if recipe.regression.mode != "propagated":
         return 0, 0
@@ -148,7 +155,26 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int,
     count = min(recipe.cluster.workers, len(rows))
     bounds = [len(rows) * share // count for share in range(count + 1)]
     largest = max(sum(rows[low:high]) for low, high in pairwise(bounds))
-    return count, _PROCESS_BYTES + (2 * outline.weights + largest * outline.walk_floats) * _FLOAT32
+    weights = 2 * (outline.outside + outline.largest_layer)
+    tasks = max(high - low for low, high in pairwise(bounds))
+    moments = (tasks + 2) * _moments(outline)
+    return count, PROCESS_BYTES + (weights + largest * outline.walk_floats) * _FLOAT32 + moments
+
+
+def _moments(outline: Outline) -> int:
+    """Return the bytes of the largest group's moments."""
+    features, outputs = outline.largest_group
+    return features * (features + outputs) * _FLOAT64
+
+
+def _solving(outline: Outline, parts: int) -> int:
+    """Return what solving one group after the other takes, of moments or Gram matrices in so many parts.
+
+    Beside the parts and their sum the factorisation holds four such matrices, the maps five of their own.
+    """
+    features, outputs = outline.largest_group
+    factored = 4 * features**2 + 5 * features * outputs
+    return PROCESS_BYTES + (parts + 1) * _moments(outline) + factored * _FLOAT64 + outline.widest * _FLOAT32
 
 
 def _workers(count: int, each: int) -> str:

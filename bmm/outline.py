@@ -70,12 +70,59 @@ class Outline:
     @property
     def gram_sizes(self) -> list[int]:
         """Inputs of each distinct input's Gram matrix."""
+        return [size for _, size in self._gram_sizes()]
+
+    def _gram_sizes(self) -> list[tuple[str, int]]:
         return [
-            inputs
+            (name, inputs)
             for name, (number, _, inputs) in self.matrices.items()
             if number > 1 or not _FOLLOWERS.search(name)
             for _ in range(number)
         ]
+
+    @property
+    def outside(self) -> int:
+        """Number of the parameters that stand outside of the layers."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if not _LAYER.match(name))
+
+    @property
+    def largest_layer(self) -> int:
+        """Number of the parameters of the largest layer."""
+        layers: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            if found := _LAYER.match(name):
+                layers[found[0]] = layers.get(found[0], 0) + math.prod(shape)
+        return max(layers.values(), default=0)
+
+    @property
+    def layer_gram_sizes(self) -> list[int]:
+        """Inputs of each distinct input's Gram matrix in the layer that has most of them."""
+        layers: dict[str, list[int]] = {}
+        for name, size in self._gram_sizes():
+            found = _LAYER.match(name)
+            layers.setdefault(found[0] if found else name, []).append(size)
+        return max(layers.values(), key=lambda sizes: sum(size**2 for size in sizes), default=[])
+
+    @property
+    def largest_group(self) -> tuple[int, int]:
+        """Features and outputs of the maps of one input for which both, squared and multiplied, take most memory."""
+        groups: list[tuple[int, int]] = []
+        for name, (_, outputs, inputs) in self.matrices.items():
+            if groups and _FOLLOWERS.search(name) and groups[-1][0] == inputs:
+                groups[-1] = (inputs, groups[-1][1] + outputs)
+            else:
+                groups.append((inputs, outputs))
+        return max(groups, key=lambda group: group[0] * (group[0] + group[1]), default=(0, 0))
+
+    @property
+    def widest(self) -> int:
+        """Number of elements of the largest parameter."""
+        return max((math.prod(shape) for shape in self.shapes.values()), default=0)
+
+    @property
+    def hidden(self) -> int:
+        """Numbers in the hidden state of one token, between two layers."""
+        return min((inputs for _, _, inputs in self.matrices.values()), default=0)
 
     @property
     def walk_floats(self) -> int:

@@ -9,8 +9,9 @@ import pytest
 
 from bmm.errors import RecipeError
 from bmm.estimate import StagePlan, estimate_stages, worker_shortage
+from bmm.kinds.registry import kind_of
 from bmm.offline import estimate_offline, known_config
-from bmm.outline import Outline
+from bmm.outline import Outline, outline_of_config
 from bmm.pipeline import STAGES
 from bmm.plan import make_plan
 from bmm.recipe import Recipe
@@ -118,3 +119,51 @@ def test_offline_and_online_agree(pico: Path, edit_recipe: Edit) -> None:
     edit_recipe(pico, cluster={"memory_limit": "100MiB"})
     with pytest.raises(RecipeError, match="memory_limit"):
         estimate_offline(Recipe.from_yaml(pico / "recipe.yaml"), config)
+
+
+def _llama(layers: int) -> Outline:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    return outline_of_config(config, kind_of("causal-lm").architecture, "config.json")
+
+
+def test_eight_billion_parameters_are_streamed_through_small_workers_whatever_their_depth(pico: Path) -> None:
+    recipe = Recipe.from_mapping(
+        {
+            **Recipe.from_yaml(pico / "recipe.yaml").document(),
+            "experts": calibrated(pico, 128),
+            "regression": {"mode": "module-wise", "lambda": 0.1},
+            "search": "none",
+            "cluster": {"workers": 1, "memory_limit": "24GB"},
+        },
+        folder=pico,
+    )
+    deep, flat = (
+        {stage.stage: stage for stage in estimate_stages(recipe, _llama(layers), [1024] * 3)} for layers in (32, 4)
+    )
+    assert _llama(32).weights > 8e9
+    assert "layer by layer" in deep["grams"].note
+    assert worker_shortage(list(deep.values()), recipe) is None
+    assert 0 < deep["grams"].worker_bytes < 24e9
+    # The largest map, the output head, decides what the solve takes.
+    assert deep["search"].memory_bytes == flat["search"].memory_bytes
+    roomy = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"memory_limit": "900GB"})})
+    whole = {stage.stage: stage for stage in estimate_stages(roomy, _llama(32), [1024] * 3)}
+    assert "layer by layer" not in whole["grams"].note
+    assert whole["grams"].worker_bytes > 24e9
+
+
+def test_matrices_that_nothing_reads_are_not_planned(pico: Path) -> None:
+    found = stages(pico, regression={"mode": "propagated"}, evaluation={"compare": ["ta"]})["grams"]
+    assert (found.disk_bytes, found.worker_bytes) == (0, 0)
+    assert found.note == "nothing in this merge reads them"
+    assert stages(pico, regression={"mode": "propagated"})["grams"].disk_bytes > 0
