@@ -61,7 +61,7 @@ PARTS = (
         {"merge_seconds_vs_mergekit": 1.0, "merge_rss_vs_mergekit": 1.0},
     ),
     Part("trials", "benchmarks.scaling.trials", {"trial_vs_refactorise": 0.6}, in_folder=False),
-    Part("streaming", "benchmarks.scaling.streamed", {"streamed_peak_rss_bytes": 6 * 2**30}),
+    Part("streaming", "benchmarks.scaling.streaming", {"streamed_peak_rss_bytes": 6 * 2**30}),
     Part(
         "overhead",
         "benchmarks.scaling.overhead",
