@@ -101,17 +101,18 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
         maps = [LinearMap.from_json(value) for value in request.maps]
         counted: dict[str, int] = {}
         # A file for each unit of the network, written before the next part of it is computed.
-        for sums in _sums(request, maps, _rows(request.store, data)[request.start : request.stop]):
-            for place, unit in enumerate(units_of(maps)):
-                if found := {group: sums[group].total.cpu() for group in unit.groups if group in sums}:
-                    save_file(found, draft.path / f"sums-{place:05}.safetensors")
-            counted |= {name: part.rows for name, part in sums.items()}
+        # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
+        with one_thread():
+            for sums in _sums(request, maps, _rows(request.store, data)[request.start : request.stop]):
+                for place, unit in enumerate(units_of(maps)):
+                    if found := {group: sums[group].total.cpu() for group in unit.groups if group in sums}:
+                        save_file(found, draft.path / f"sums-{place:05}.safetensors")
+                counted |= {name: part.rows for name, part in sums.items()}
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
         draft.write_json("rows.json", counted)
         shutil.rmtree(draft.progress)
 
-    # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
-    with store_at_hand(store, data), one_thread():
+    with store_at_hand(store, data):
         reference, _ = store.obtain("gram-shard", request.key(), make)
     return ShardAnswer(reference, attempts)
 
