@@ -174,8 +174,12 @@ def _processes(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, float]
         )
     except (OSError, RuntimeError) as error:
         raise ClusterError(f"the local Dask workers did not start: {error}") from error
-    with cluster:
+    try:
         yield cluster, settings.retry_seconds
+    finally:
+        # Dask stumbles over a worker that is only just starting, or takes long to end; it ends with this process.
+        with suppress(AssertionError, OSError, RuntimeError):
+            cluster.close()
 
 
 def _has_dashboard(client: Client) -> bool:
