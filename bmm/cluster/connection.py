@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
+from multiprocessing import active_children
 from typing import Any
 
 from distributed import Client, LocalCluster
@@ -177,9 +178,23 @@ def _processes(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, float]
     try:
         yield cluster, settings.retry_seconds
     finally:
-        # Dask stumbles over a worker that is only just starting, or takes long to end; it ends with this process.
-        with suppress(AssertionError, OSError, RuntimeError):
-            cluster.close()
+        _end(cluster)
+
+
+def _end(cluster: LocalCluster) -> None:
+    """Close a cluster of local processes, whatever state they are in."""
+    try:
+        cluster.close()
+    except (AssertionError, OSError, RuntimeError):
+        # A nanny that is just starting a worker anew cannot wait for it (distributed 2026.8: "can only join a started
+        # process"), or one takes long to end, and closing is given up. What the block raised must not be lost for that,
+        # nor a process stay behind.
+        for nanny in cluster.workers.values():
+            nanny.close_gracefully(reason="the merge is over")
+        for child in active_children():
+            if child.name.startswith("Dask Worker process"):
+                child.kill()
+                child.join()
 
 
 def _has_dashboard(client: Client) -> bool:

@@ -60,7 +60,8 @@ def draw(zoo: str, over_rows: Mapping[str, Any], published: tuple[str, float] | 
     axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 2.6)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.set_xlabel("calibration rows a task")
-    bands = "bands: from the worst to the best draw of rows"
+    draws = max(len(point["by_seed"]) for points in over_rows.values() for point in points)
+    bands = "bands: from the worst to the best draw of rows" if draws > 1 else "one draw of rows"
     said = bands if published is None else f"{bands}; dashed: the best published method"
     axes.set_title(said, loc="left", color=MUTED, fontsize=8.0)
     figure.suptitle(f"{zoo}: share of the experts' mean test score", x=0.01, ha="left", color=INK, fontsize=11.0)
