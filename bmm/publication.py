@@ -21,7 +21,8 @@ from bmm.document import SCHEMA
 from bmm.errors import OutputError
 from bmm.report.card import model_card
 from bmm.report.page import report_page
-from bmm.store import MANIFEST, Artefact
+from bmm.store import Artefact
+from bmm.stores.manifest import MANIFEST
 
 _LINKED_BYTES = 64 * 2**20
 

@@ -1,35 +1,31 @@
 """The artefact store: content-addressed, immutable, verified on read.
 
 An artefact is a folder of files with a manifest. Its *key* is the digest of what it is made from (stage, version,
-inputs, settings) and says where it lies; its *digest* is that of its files and says what it is. It is written to a
-draft folder and renamed into place when it is whole, so an artefact is there completely or not at all; on reading,
-every byte is checked against the manifest, and a damaged artefact counts as absent. A lock per key, held by the
-kernel for as long as its process lives, keeps two runs from making the same artefact at once.
+inputs, settings) and says where it lies; its *digest* is that of its files and says what it is. It is made in a draft
+folder on this machine and put into the store when it is whole, so an artefact is there completely or not at all; on
+reading, every byte is checked against the manifest, and a damaged artefact counts as absent. A lock per key keeps two
+runs from making the same artefact at once.
 
-Here live artefacts and their locks. What the stages put into them is not known here.
+Here live artefacts and the contract of a store; where it keeps them is `bmm.stores`. What the stages put into them is
+not known here.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from bmm.digest import digest_file, digest_json
-from bmm.disk import explained, sync
-from bmm.errors import ArtefactDamagedError, OutputError, UserError
-
-MANIFEST = "manifest.json"
-_SCHEMA = 1
+from bmm.digest import digest_json
+from bmm.disk import explained
+from bmm.errors import ArtefactDamagedError, UserError
+from bmm.stores.manifest import manifest_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A verified artefact on disk."""
+    """A verified artefact, in a folder of this machine."""
 
     reference: Reference
     path: Path
@@ -94,7 +90,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a listing."""
+    """One line of a listing; `path` is the artefact's folder, or that of its copy on this machine."""
 
     kind: str
     key: str
@@ -109,38 +105,41 @@ def artefact_key(kind: str, version: int, inputs: Any, settings: Any) -> str:
     return digest_json({"kind": kind, "version": version, "inputs": inputs, "settings": settings})
 
 
-class Store:
-    """A folder of artefacts.
+class Store(ABC):
+    """A place for artefacts, and how they are found, read and made there; the subclasses say where that is.
 
     Args:
-        root: the folder; made on the first write.
+        root: the store's folder on this machine, where drafts and progress are; made on the first write.
         fresh: make every artefact anew, once in this process, whatever is there already.
     """
 
     def __init__(self, root: Path, *, fresh: bool = False) -> None:
         self.root = root.resolve()
         self.fresh = fresh
-        self._made: set[Path] = set()
-        self._seen = False
-        self._verified: dict[Path, tuple[int, int, int]] = {}
+        self._made: set[tuple[str, str]] = set()
 
-    @classmethod
-    def open(cls, location: str | os.PathLike[str] | None = None, *, fresh: bool = False) -> Store:
+    @staticmethod
+    def open(location: str | os.PathLike[str] | None = None, *, fresh: bool = False) -> Store:
         """Open the store at `location`, else at `BMM_STORE`, else in the user's cache folder.
 
         Raises:
-            UserError: the location is not a folder that this version can use.
+            UserError: the location is not one that this version can use.
         """
         text = str(location or os.environ.get("BMM_STORE") or default_location())
         if "://" in text:
             raise UserError(f"the store {text} is not a folder; this version keeps artefacts in local folders only")
-        root = Path(text).expanduser()
-        if root.exists() and not root.is_dir():
-            raise OutputError(f"the store {root} is a file; name a folder with --store or BMM_STORE")
-        above = next(parent for parent in root.absolute().parents if parent.exists())
-        if not above.is_dir():
-            raise OutputError(f"the store {root} lies below {above}, which is a file; name a folder with --store")
-        return cls(root, fresh=fresh)
+        from bmm.stores.local import LocalStore
+
+        return LocalStore.at(text, fresh=fresh)
+
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """What `open` takes to open this store, here or in another process."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Return how much more fits into the store, None where nobody can say."""
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -153,7 +152,7 @@ class Store:
             reference = self._load(kind, key).reference
         except (FileNotFoundError, ArtefactDamagedError):
             return None
-        self._touch(self._place(kind, key))
+        self._used(reference)
         return reference
 
     def read(self, reference: Reference) -> Artefact:
@@ -169,24 +168,6 @@ class Store:
         if artefact.reference.digest != reference.digest:
             raise ArtefactDamagedError(f"the {reference.kind} artefact {reference.key[:12]} has been replaced")
         return artefact
-
-    def _load(self, kind: str, key: str) -> Artefact:
-        path = self._place(kind, key)
-        what = f"the {kind} artefact {key[:12]}"
-        manifest = read_manifest(path, what)
-        for name, expected in manifest["files"].items():
-            self._check(path / name, expected, what)
-        self._seen = True
-        return Artefact(Reference(kind, key, manifest["digest"]), path, manifest)
-
-    def _check(self, path: Path, expected: Mapping[str, Any], what: str) -> None:
-        state = path.stat()
-        mark = (state.st_size, state.st_mtime_ns, state.st_ino)
-        if self._verified.get(path) == mark:
-            return
-        if state.st_size != expected["bytes"] or digest_file(path) != expected["sha256"]:
-            raise ArtefactDamagedError(f"{what} has a damaged file, {path.name}")
-        self._verified[path] = mark
 
     # -- making ----------------------------------------------------------------------------------------------
 
@@ -211,8 +192,7 @@ class Store:
         Raises:
             OutputError: the disk refuses.
         """
-        path = self._place(kind, key)
-        wanted_anew = replace or (self.fresh and path not in self._made)
+        wanted_anew = replace or (self.fresh and (kind, key) not in self._made)
         found = None if wanted_anew else self.find(kind, key)
         if found is not None:
             return found, True
@@ -222,214 +202,67 @@ class Store:
             if found is not None:
                 return found, True
             reference = self._make(kind, key, make, dict(describe or {}))
-            self._made.add(path)
+            self._made.add((kind, key))
             return reference, False
 
     def _make(self, kind: str, key: str, make: Callable[[Draft], None], describe: dict[str, Any]) -> Reference:
-        final = self._place(kind, key)
-        progress = self.root / "progress" / f"{kind}-{key}"
         started = time.time()
-        with explained(self.root):
-            if self.fresh and progress.exists():
-                shutil.rmtree(progress)
-            self._remove_drafts(kind, key)
-            folder = self.root / "drafts" / f"{kind}-{key}-{uuid.uuid4().hex[:8]}"
-            self._make_folder(folder)
-            draft = Draft(folder, progress)
-            try:
-                make(draft)
-                manifest = _manifest(kind, key, draft, describe, time.time() - started)
-                for name in manifest["files"]:
-                    sync(folder / name)
-                _write_durably(folder / MANIFEST, _manifest_text(manifest))
-                self._make_folder(final.parent)
-                if final.exists():
-                    final.rename(folder.with_name(folder.name + "-replaced"))
-                folder.rename(final)
-                sync(final.parent)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-        self._remove_drafts(kind, key)
-        shutil.rmtree(progress, ignore_errors=True)
-        for name in manifest["files"]:
-            state = (final / name).stat()
-            self._verified[final / name] = (state.st_size, state.st_mtime_ns, state.st_ino)
-        return Reference(kind, key, manifest["digest"])
+        with explained(self.root), self._drafted(kind, key) as (draft, keep):
+            make(draft)
+            return keep(manifest_of(draft.path, kind, key, describe, draft.provenance, time.time() - started))
 
-    def _make_folder(self, folder: Path) -> None:
-        """Make a folder of the store, and the store with the first one."""
-        if not self._seen:
-            self.root.mkdir(parents=True, exist_ok=True)
-        # A store that has been read from and is away now, its disk unmounted say, must not be made anew in its place.
-        for part in reversed([folder, *folder.parents[: len(folder.relative_to(self.root).parts) - 1]]):
-            part.mkdir(exist_ok=True)
-
-    def _remove_drafts(self, kind: str, key: str) -> None:
-        """Remove what a killed attempt left; the caller holds the key's lock, so nobody is writing there."""
-        for left in (self.root / "drafts").glob(f"{kind}-{key}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    @contextmanager
-    def locked(self, kind: str, key: str) -> Iterator[None]:
+    @abstractmethod
+    def locked(self, kind: str, key: str) -> AbstractContextManager[None]:
         """Hold the lock of one key, of an artefact or of any other piece of work; not to be taken twice.
 
         Raises:
             OutputError: the disk refuses.
         """
-        with explained(self.root):
-            self._make_folder(self.root / "locks")
-            lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     # -- housekeeping ----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def entries(self) -> list[Entry]:
         """Return every artefact, whether it is whole or not, by kind and key."""
-        found = []
-        for path in sorted((self.root / "artefacts").glob("*/*")):
-            manifest = path / MANIFEST
-            size = sum((path / name).stat().st_size for name in _files(path))
-            state = (manifest if manifest.exists() else path).stat()
-            made = _made_at(manifest, state.st_mtime)
-            found.append(Entry(path.parent.name, path.name, size, made, state.st_mtime, path))
-        return found
 
+    @abstractmethod
     def verify(self) -> list[tuple[Entry, str]]:
         """Read every artefact and return those that are damaged, each with what is wrong."""
-        damaged = []
-        self._verified.clear()
-        for entry in self.entries():
-            try:
-                self._load(entry.kind, entry.key)
-            except ArtefactDamagedError as error:
-                damaged.append((entry, str(error)))
-            except FileNotFoundError:
-                damaged.append((entry, f"the {entry.kind} artefact {entry.key[:12]} has lost its manifest"))
-        return damaged
 
+    @abstractmethod
     def discard(self, kind: str, key: str) -> bool:
-        """Remove the artefact with this key, if it is there and nobody is at work on it."""
-        path = self._place(kind, key)
-        return path.exists() and self.remove(Entry(kind, key, 0, 0.0, 0.0, path))
+        """Remove the artefact with this key, if it is there and nobody is at work on it; return whether it went."""
 
-    def remove(self, entry: Entry) -> bool:
-        """Remove one artefact, unless a process is at work on it; return whether it was removed."""
-        lock = FileLock(self.root / "locks" / f"{entry.kind}-{entry.key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            # The manifest goes first: a kill in the middle must not leave something that looks whole.
-            (entry.path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(entry.path, ignore_errors=True)
-        finally:
-            lock.release()
-        return True
-
+    @abstractmethod
     def remove_leftovers(self) -> int:
-        """Remove drafts whose makers are dead; return how many."""
-        removed = 0
-        for left in sorted((self.root / "drafts").glob("*")):
-            kind, _, key = left.name.removesuffix("-replaced").rsplit("-", 1)[0].rpartition("-")
-            lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            shutil.rmtree(left, ignore_errors=True)
-            lock.release()
-            removed += 1
-        return removed
+        """Remove what killed runs have left of artefacts; return how many pieces of work that was."""
 
-    def _place(self, kind: str, key: str) -> Path:
-        return self.root / "artefacts" / kind / key
+    # -- what a place has to offer ---------------------------------------------------------------------------
 
-    def _touch(self, path: Path) -> None:
-        # The manifest's modification time is when the artefact was last used; a read-only store keeps none.
-        try:
-            os.utime(path / MANIFEST)
-        except OSError:
-            return
+    @abstractmethod
+    def _load(self, kind: str, key: str) -> Artefact:
+        """Return an artefact, every byte checked.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ArtefactDamagedError: it is not what was written.
+        """
+
+    @abstractmethod
+    def _used(self, reference: Reference) -> None:
+        """Note that an artefact was used."""
+
+    @abstractmethod
+    def _drafted(
+        self, kind: str, key: str
+    ) -> AbstractContextManager[tuple[Draft, Callable[[Mapping[str, Any]], Reference]]]:
+        """Give a draft, and what puts it into the store under its manifest; nothing is left of a block that fails.
+
+        The caller holds the key's lock.
+        """
 
 
 def default_location() -> Path:
     """Return the store's folder when nobody names one."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "bmm" / "store"
-
-
-def read_manifest(folder: Path, what: str) -> dict[str, Any]:
-    """Return the manifest of the artefact in a folder, in a store or outside, whose files are all there by name.
-
-    Args:
-        folder: the artefact's folder.
-        what: begins every message.
-
-    Raises:
-        FileNotFoundError: there is no manifest.
-        ArtefactDamagedError: it is not what was written, or a file is missing or too much.
-    """
-    text = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
-    try:
-        manifest: dict[str, Any] = json.loads(text)
-        files = dict(manifest["files"])
-        # The text as well, so that a changed digit beyond a number's precision does not pass.
-        intact = manifest["seal"] == _seal(manifest) and text == _manifest_text(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ArtefactDamagedError(f"{what} has an unreadable manifest") from None
-    if not intact:
-        raise ArtefactDamagedError(f"{what} has an altered manifest")
-    present = set(_files(folder)) - {MANIFEST}
-    if present != set(files):
-        odd = sorted(present ^ set(files))[0]
-        raise ArtefactDamagedError(f"{what} lacks, or has too much, the file {odd}")
-    return manifest
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _manifest(kind: str, key: str, draft: Draft, describe: dict[str, Any], seconds: float) -> dict[str, Any]:
-    files = {
-        name: {"bytes": (draft.path / name).stat().st_size, "sha256": digest_file(draft.path / name)}
-        for name in _files(draft.path)
-    }
-    manifest = {
-        "schema": _SCHEMA,
-        "kind": kind,
-        "key": key,
-        "made_from": describe,
-        "files": files,
-        "digest": digest_json(files),
-        "provenance": {"made_at": time.time(), "seconds": seconds, **draft.provenance},
-    }
-    return {**manifest, "seal": _seal(manifest)}
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return digest_json({name: value for name, value in manifest.items() if name != "seal"})
-
-
-def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, sort_keys=True)
-
-
-def _made_at(manifest: Path, fallback: float) -> float:
-    try:
-        return float(json.loads(manifest.read_text(encoding="utf-8"))["provenance"]["made_at"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return fallback
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())

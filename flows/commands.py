@@ -84,7 +84,7 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
     return {
         "output": str(merged.output),
         "report": str(merged.output / "report.html"),
-        "store": str(opened.root),
+        "store": opened.location,
         "seconds": time.perf_counter() - started,
         "share_of_experts": merged.document["metrics"].get("test", {}).get("mean", {}).get("share_of_experts"),
         "stages": merged.document["stages"],
@@ -107,7 +107,7 @@ def _merge_with_prefect(recipe: Recipe, store: Store) -> Any:
             # Starts a temporary server where none is configured.
             get_client(sync_client=True)
             bar.advance()
-        return merge_flow(recipe.document(), str(recipe.folder), str(store.root), store.fresh)
+        return merge_flow(recipe.document(), str(recipe.folder), store.location, store.fresh)
     except RuntimeError as error:
         # Prefect has no type for a server that is not there, only these words.
         if not str(error).startswith(("Failed to reach API", "Timed out while attempting to connect")):
@@ -269,7 +269,7 @@ def store_list(store: str | None) -> dict[str, Any]:
         {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "made": entry.made, "used": entry.used}
         for entry in opened.entries()
     ]
-    return {"store": str(opened.root), "artefacts": entries, "bytes": sum(entry["bytes"] for entry in entries)}
+    return {"store": opened.location, "artefacts": entries, "bytes": sum(entry["bytes"] for entry in entries)}
 
 
 def store_verify(store: str | None) -> dict[str, Any]:
@@ -279,17 +279,17 @@ def store_verify(store: str | None) -> dict[str, Any]:
         {"kind": entry.kind, "key": entry.key, "path": str(entry.path), "reason": reason}
         for entry, reason in opened.verify()
     ]
-    return {"store": str(opened.root), "checked": len(opened.entries()), "damaged": damaged}
+    return {"store": opened.location, "checked": len(opened.entries()), "damaged": damaged}
 
 
 def store_prune(store: str | None, older_than_days: float, *, dry_run: bool) -> dict[str, Any]:
     """Remove what was not used for a while, and what killed runs left."""
     opened = Store.open(store)
     old = [entry for entry in opened.entries() if entry.used < time.time() - older_than_days * 86400]
-    removed = old if dry_run else [entry for entry in old if opened.remove(entry)]
+    removed = old if dry_run else [entry for entry in old if opened.discard(entry.kind, entry.key)]
     leftovers = 0 if dry_run else opened.remove_leftovers()
     return {
-        "store": str(opened.root),
+        "store": opened.location,
         "artefacts": len(removed),
         "bytes": sum(entry.bytes for entry in removed),
         "leftovers": leftovers,

@@ -24,7 +24,7 @@ def merge_flow(recipe: dict[str, Any], folder: str, store: str, fresh: bool = Fa
     Args:
         recipe: the recipe as plain values.
         folder: the folder that its relative paths start from.
-        store: the artefact store's folder.
+        store: where the artefact store is.
         fresh: compute every stage anew.
     """
     register()

@@ -63,7 +63,7 @@ def stage_task(stage: str, description: str, *, retries: int = 0, after: AfterSt
 def execute(stage: StageTask, store: Store, request: Request) -> Result:
     """Run a stage's task and return its result, whose artefacts are there and whole."""
     started = time.perf_counter()
-    arguments = (str(store.root), request.to_json(), store.fresh)
+    arguments = (store.location, request.to_json(), store.fresh)
     state = stage.with_options(refresh_cache=store.fresh)(*arguments, return_state=True)
     result = Result.from_json(_value(state))
     if state.name != "Cached":

@@ -17,7 +17,8 @@ from bmm.checkpoint.allowed import check_allowed
 from bmm.digest import digest_file, digest_json
 from bmm.disk import explained
 from bmm.errors import ArtefactDamagedError, OutputError, RecipeError
-from bmm.store import MANIFEST, Artefact, read_manifest
+from bmm.store import Artefact
+from bmm.stores.manifest import MANIFEST, read_manifest
 
 KIND = "grams"
 GROUP = "grams.zarr"

@@ -130,7 +130,7 @@ def _attempts(draft: Draft) -> int:
 @lru_cache(maxsize=1)
 def _store_at(store: str) -> Store:
     """Return the store; one for all shards of a worker, so that the rows are not checked anew for each."""
-    return Store(Path(store))
+    return Store.open(store)
 
 
 @lru_cache(maxsize=1)

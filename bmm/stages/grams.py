@@ -75,7 +75,7 @@ def plan_job(
         reading=reading(expert.task),
         batch_size=batch_size,
         maps=tuple(map_.to_json() for map_ in maps),
-        store=str(work.store.root),
+        store=work.store.location,
         expert_path=expert.model.path,
         expert_base=expert.model.base,
         data=data.to_json(),

@@ -239,7 +239,7 @@ class _Walker:
                 PartRequest(
                     walk=self._identity,
                     request=self._request.to_json(),
-                    store=str(self._work.store.root),
+                    store=self._work.store.location,
                     tasks=share,
                     before=tuple(reference.to_json() for reference in self._before),
                     done=tuple(reference.to_json() for reference in self.done),

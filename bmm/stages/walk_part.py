@@ -50,7 +50,7 @@ class PartRequest:
     Attributes:
         walk: digest of what decides the walk.
         request: the search stage's request.
-        store: folder of the artefact store.
+        store: where the artefact store is.
         tasks: places of this share's tasks among the experts.
         before: the artefacts of the round before, from whose model this one starts.
         done: the artefacts of the units before, in order.
@@ -159,7 +159,7 @@ class _Part:
 
     def __init__(self, request: PartRequest) -> None:
         self.walk = request.walk
-        self._work = Work(Store(Path(request.store)))
+        self._work = Work(Store.open(request.store))
         stage = Request.from_json(request.request)
         setup = setup_of(self._work, stage)
         self._stack = ExitStack()

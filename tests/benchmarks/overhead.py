@@ -53,7 +53,7 @@ def _seconds(folder: Path, shards: int, seconds: float, workers: int) -> float:
     from distributed import Client, LocalCluster
 
     expert = _expert(folder)
-    work = Work(Store(folder / "store"))
+    work = Work(Store.open(folder / "store"))
     with LocalCluster(
         n_workers=workers,
         threads_per_worker=1,

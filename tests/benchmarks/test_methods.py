@@ -67,10 +67,12 @@ def test_one_command_makes_the_whole_table(pico: Path, in_process: None, capsys:
     assert (pico / "results" / "rows-pico.png").read_bytes().startswith(b"\x89PNG")
 
     # Again: every model and every answer is there already, and the figures are the same ones.
-    made = {(entry.kind, entry.key): entry.made for entry in Store(pico / "bench" / "pico" / "store").entries()}
+    made = {(entry.kind, entry.key): entry.made for entry in Store.open(pico / "bench" / "pico" / "store").entries()}
     code, again = benchmark(pico, *said)
     assert code == 0
-    assert {(entry.kind, entry.key): entry.made for entry in Store(pico / "bench" / "pico" / "store").entries()} == made
+    assert {
+        (entry.kind, entry.key): entry.made for entry in Store.open(pico / "bench" / "pico" / "store").entries()
+    } == made
     assert again["zoos"] == document["zoos"]
 
 
@@ -100,7 +102,7 @@ def test_each_draw_of_calibration_rows_makes_another_model(pico: Path, in_proces
     drawn = {row["method"]: row for row in document["zoos"]["pico"]["rows"]}
     assert len(drawn["RegMean"]["by_seed"]) == 2
     assert len(drawn["average"]["by_seed"]) == 1
-    kinds = [entry.kind for entry in Store(pico / "bench" / "pico" / "store").entries()]
+    kinds = [entry.kind for entry in Store.open(pico / "bench" / "pico" / "store").entries()]
     # One average, two of RegMean; for the latter Grams of three experts, twice.
     assert kinds.count("anchor") == 3
     assert kinds.count("grams") == 6

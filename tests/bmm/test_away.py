@@ -12,7 +12,7 @@ from bmm.store import Draft, Reference, Store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+    return Store.open(tmp_path / "store")
 
 
 def artefact(store: Store, key: str, meanwhile: Callable[[Store], object] = id) -> Reference:

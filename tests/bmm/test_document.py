@@ -177,7 +177,7 @@ def test_what_it_was_made_of_is_named_by_digest(document: dict[str, Any], merged
 def test_it_is_built_again_from_the_store_alone(document: dict[str, Any], merged_source: Path) -> None:
     recipe = Recipe.from_yaml(merged_source / "recipe.yaml")
     inputs = fingerprint_inputs(recipe)
-    store = Store(merged_source / "store")
+    store = Store.open(merged_source / "store")
     again = build_document(recipe, inputs, cached_results(recipe, inputs, store), Work(store))
     assert all(stage["state"] == "cached" for stage in again["stages"].values())
     assert {name: stage["key"] for name, stage in again["stages"].items()} == {

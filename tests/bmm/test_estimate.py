@@ -114,7 +114,7 @@ def test_offline_and_online_agree(pico: Path, edit_recipe: Edit) -> None:
     config = known_config(recipe)
     assert config == pico / "base" / "config.json"
     offline, output_bytes = estimate_offline(recipe, config)
-    online = make_plan(recipe, fingerprint_inputs(recipe), Store(pico / "store"))
+    online = make_plan(recipe, fingerprint_inputs(recipe), Store.open(pico / "store"))
     assert (offline, output_bytes) == (online.stages, online.output_bytes)
     edit_recipe(pico, cluster={"memory_limit": "100MiB"})
     with pytest.raises(RecipeError, match="memory_limit"):

@@ -21,7 +21,7 @@ Edit = Callable[..., Path]
 
 def plan(folder: Path, *, fresh: bool = False) -> tuple[Plan, Recipe]:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
-    return make_plan(recipe, fingerprint_inputs(recipe), Store(folder / "store", fresh=fresh)), recipe
+    return make_plan(recipe, fingerprint_inputs(recipe), Store.open(folder / "store", fresh=fresh)), recipe
 
 
 def cached(folder: Path, *, fresh: bool = False) -> list[str]:
@@ -53,7 +53,7 @@ def test_what_is_finished_is_cached_up_to_the_first_change(merged: Path, edit_re
 
 def test_a_lost_artefact_is_not_cached(merged: Path) -> None:
     recipe = Recipe.from_yaml(merged / "recipe.yaml")
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     results = cached_results(recipe, fingerprint_inputs(recipe), store)
     assert list(results) == list(STAGES)
     reference = results["grams"].reference("experts", "task1")

@@ -36,7 +36,7 @@ class Opened:
     def __init__(self, folder: Path) -> None:
         recipe = Recipe.from_yaml(folder / "recipe.yaml")
         inputs = fingerprint_inputs(recipe)
-        self.work = Work(Store(folder / "store"))
+        self.work = Work(Store.open(folder / "store"))
         self.results = cached_results(recipe, inputs, self.work.store)
         self.request = Requests(recipe, inputs).build("search", self.results)
         self.setup: Setup = setup_of(self.work, self.request)
@@ -164,4 +164,4 @@ def test_rows_are_those_of_the_file(opened: Opened, merged: Path) -> None:
     assert [row.label for row in split.rows] == [["yes", "no"].index(line["label"]) for line in lines]
     (merged / "store" / "artefacts" / reference.kind / reference.key / "test.jsonl").write_text("")
     with pytest.raises(ArtefactDamagedError):
-        Work(Store(merged / "store")).read(reference)
+        Work(Store.open(merged / "store")).read(reference)

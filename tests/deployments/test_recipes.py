@@ -67,7 +67,7 @@ RUNS = {
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_runs_on_pico_stand_ins(path: Path, tmp_path: Path, in_process: None) -> None:
     recipe = Recipe.from_yaml(stand_in(path, tmp_path, RUNS[path.stem]))
-    planned = make_plan(recipe, fingerprint_inputs(recipe), Store(tmp_path / "store"))
+    planned = make_plan(recipe, fingerprint_inputs(recipe), Store.open(tmp_path / "store"))
     require_fit(planned, recipe)
     config = known_config(recipe)
     assert config is not None

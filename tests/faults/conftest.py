@@ -16,7 +16,8 @@ import yaml
 from answers import TOLD, Answer
 
 from bmm.digest import digest_file
-from bmm.store import MANIFEST, Store
+from bmm.store import Store
+from bmm.stores.manifest import MANIFEST
 
 Bmm = Callable[..., Answer]
 
@@ -156,7 +157,7 @@ def assert_no_halves(store: Path) -> None:
     for name in ("drafts", "progress"):
         left = list((store / name).glob("*")) if (store / name).exists() else []
         assert left == [], f"{name} of the store is not empty"
-    assert Store(store).verify() == []
+    assert Store.open(store).verify() == []
     for folder in (store / "artefacts").glob("*/*"):
         assert (folder / MANIFEST).is_file(), f"{folder} has no manifest"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bmm.pipeline import STAGES
-from bmm.store import MANIFEST, Entry, Store
+from bmm.store import Entry, Store
+from bmm.stores.manifest import MANIFEST
 from tests.faults.conftest import Bmm, assert_no_halves, change, model_files
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ def merged(finished: tuple[Path, Path], scheduler: str, tmp_path_factory: pytest
 
 def of_kind(store: Path, kind: str) -> list[Entry]:
     """Return the artefacts of one kind."""
-    found = [entry for entry in Store(store).entries() if entry.kind == kind]
+    found = [entry for entry in Store.open(store).entries() if entry.kind == kind]
     assert found, f"the store has no artefact of the kind {kind}"
     return found
 

@@ -115,7 +115,7 @@ def test_a_full_store(
     assert not records(store, f"stage-{stage}")
     # A worker of somebody else's cluster finishes, and clears away, what it is at.
     assert eventually(lambda: not list((store / "drafts").glob("*")))
-    assert Store(store).verify() == []
+    assert Store.open(store).verify() == []
     free(little_disk)
     done = STAGES[: STAGES.index(stage)]
     states = bmm("merge", warm / "recipe.yaml", "--no-server", "--store", store, "--json").states()

@@ -52,7 +52,7 @@ def kinds_from(stage: str, *, but: tuple[str, ...] = ()) -> list[str]:
 
 def newest(store: Path, kind: str) -> str:
     """Return the key of the artefact of a kind that was made last."""
-    return max((entry for entry in Store(store).entries() if entry.kind == kind), key=lambda entry: entry.made).key
+    return max((entry for entry in Store.open(store).entries() if entry.kind == kind), key=lambda entry: entry.made).key
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def test_in_task_vectors(scene: Scene, bmm: Bmm) -> None:
 def test_in_grams(scene: Scene, bmm: Bmm, scheduler: str) -> None:
     shards = [path.stem.removeprefix("gram-shard-") for path in (scene.store / "locks").glob("gram-shard-*")]
     first_sum = min(
-        (entry for entry in Store(scene.store).entries() if entry.kind == "grams"), key=lambda entry: entry.made
+        (entry for entry in Store.open(scene.store).entries() if entry.kind == "grams"), key=lambda entry: entry.made
     ).key
     assert len(shards) == 6
     scene.back_to("grams")
@@ -218,7 +218,7 @@ def test_in_grams(scene: Scene, bmm: Bmm, scheduler: str) -> None:
 def test_in_anchor(scene: Scene, bmm: Bmm) -> None:
     (own,) = [
         entry.key
-        for entry in Store(scene.store).entries()
+        for entry in Store.open(scene.store).entries()
         if entry.kind == "anchor" and '"method": "wudi"' in (entry.path / "manifest.json").read_text(encoding="utf-8")
     ]
     scene.back_to("anchor")

@@ -49,7 +49,7 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
 
     asked = Recipe.from_yaml(recipe)
     inputs = fingerprint_inputs(asked)
-    store = Store(place / "workers")
+    store = Store.open(place / "workers")
     results = run_stages(asked, inputs, store, perform_here, ("experts",))
     request = Requests(asked, inputs).build("grams", results)
     work = Work(store)
@@ -90,7 +90,7 @@ def _changed(place: Path, recipe: Path) -> dict[str, Any]:
     from bmm.sources import fingerprint_inputs
     from bmm.store import Store
 
-    store = Store(place / "changed")
+    store = Store.open(place / "changed")
     asked = Recipe.from_yaml(recipe)
 
     def grams() -> Any:

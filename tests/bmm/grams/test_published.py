@@ -12,7 +12,8 @@ from bmm.errors import OutputError, RecipeError, UserError
 from bmm.grams.collect import GramSum
 from bmm.grams.published import copy, find, publish
 from bmm.grams.store import GramReader, write
-from bmm.store import MANIFEST, Artefact, Draft, Store, artefact_key
+from bmm.store import Artefact, Draft, Store, artefact_key
+from bmm.stores.manifest import MANIFEST
 
 WHERE = "the Gram matrices of one"
 
@@ -23,7 +24,7 @@ def made(store: Path, kind: str = "grams", scale: float = 1.0) -> Artefact:
             draft.path / "grams.zarr", [("a", GramSum(scale * torch.eye(3, dtype=torch.float64), 2))], {"expert": "x"}
         )
 
-    opened = Store(store)
+    opened = Store.open(store)
     reference, _ = opened.obtain(kind, artefact_key(kind, 1, {"scale": scale}, {}), make)
     return opened.read(reference)
 

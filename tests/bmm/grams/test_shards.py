@@ -38,7 +38,7 @@ READING = {"kind": "text-classification", "max_length": 16}
 @pytest.fixture(scope="module")
 def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardRequest:
     """All rows of one expert as one shard, in a store of its own."""
-    store = Store(tmp_path_factory.mktemp("shards") / "store")
+    store = Store.open(tmp_path_factory.mktemp("shards") / "store")
     split = Split("calibration", tuple(Row(text, None, 0) for text in TEXTS))
 
     def make(draft: Draft) -> None:
@@ -55,14 +55,14 @@ def whole(pico_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardR
         reading=READING,
         batch_size=4,
         maps=MAPS,
-        store=str(store.root),
+        store=store.location,
         expert_path=expert.path,
         data=data.to_json(),
     )
 
 
 def summed(requests: list[ShardRequest]) -> dict[str, GramSum]:
-    store = Store(Path(requests[0].store))
+    store = Store.open(requests[0].store)
     return dict(reduce([store.read(compute_shard(vars(one)).reference) for one in requests], GROUPS))
 
 
@@ -93,15 +93,15 @@ def test_a_shard_is_computed_once_and_the_same_anywhere(whole: ShardRequest, tmp
     inode = (folder / "sums-00000.safetensors").stat().st_ino
     assert compute_shard(vars(request)) == replace(first, attempts=0)
     assert (folder / "sums-00000.safetensors").stat().st_ino == inode
-    elsewhere = Store(tmp_path / "other")
-    rows = Store(Path(whole.store)).read(Reference.from_json(whole.data)).file("calibration.jsonl").read_text()
+    elsewhere = Store.open(tmp_path / "other")
+    rows = Store.open(whole.store).read(Reference.from_json(whole.data)).file("calibration.jsonl").read_text()
 
     def copy(draft: Draft) -> None:
         (draft.path / "calibration.jsonl").write_text(rows)
         draft.write_json("expert.json", {"kind": "text-classification"})
 
     data, _ = elsewhere.obtain("expert", "1" * 64, copy)
-    again = compute_shard(vars(replace(request, store=str(elsewhere.root), data=data.to_json())))
+    again = compute_shard(vars(replace(request, store=elsewhere.location, data=data.to_json())))
     assert again == first
 
 
@@ -155,7 +155,7 @@ def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: S
 def test_a_streamed_expert_gives_the_same_bytes(whole: ShardRequest, tmp_path: Path) -> None:
     request = replace(whole, start=0, stop=13)
     first = compute_shard(vars(request))
-    assert Store(Path(whole.store)).discard("gram-shard", request.key())
+    assert Store.open(whole.store).discard("gram-shard", request.key())
     again = compute_shard(vars(replace(request, streamed=True)))
     assert again.reference == first.reference
 

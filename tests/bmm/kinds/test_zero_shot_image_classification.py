@@ -108,7 +108,7 @@ def test_the_information_of_an_expert_is_that_of_its_classes(clip: Path, tmp_pat
             expert["task"]["classes"] = classes
         read = bmm.Recipe.from_mapping(recipe, folder=clip)
         inputs = fingerprint_inputs(read, check_output_folder=False)
-        results = run_stages(read, inputs, Store(tmp_path / "store"), perform_here, ("experts", "anchor"))
+        results = run_stages(read, inputs, Store.open(tmp_path / "store"), perform_here, ("experts", "anchor"))
         digests.append(results["anchor"].reference("anchor").digest)
     assert digests[0] != digests[1]
 

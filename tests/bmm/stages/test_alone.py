@@ -45,7 +45,7 @@ def told(made: Merge) -> Any:
 def test_the_output_is_the_anchor_and_no_other_stage_runs(alone: Callable[..., Path], pico: Path) -> None:
     path = alone(regression={"mode": "none"})
     recipe = bmm.Recipe.from_yaml(path)
-    plan = make_plan(recipe, fingerprint_inputs(recipe), Store(pico / "store"))
+    plan = make_plan(recipe, fingerprint_inputs(recipe), Store.open(pico / "store"))
     require_fit(plan, recipe)
     assert [stage.stage for stage in plan.stages] == ["experts", "publish"]
     made = merged(path)

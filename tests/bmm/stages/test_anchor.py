@@ -30,16 +30,16 @@ LINEAR = "encoder.layer.1.intermediate.dense.weight"
 def stages(folder: Path, last: str) -> dict[str, Result]:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
     upto = ORDER[: ORDER.index(last) + 1]
-    return run_stages(recipe, fingerprint_inputs(recipe), Store(folder / "store"), perform_here, upto)
+    return run_stages(recipe, fingerprint_inputs(recipe), Store.open(folder / "store"), perform_here, upto)
 
 
 def made(folder: Path) -> Counter[str]:
-    return Counter(entry.kind for entry in Store(folder / "store").entries())
+    return Counter(entry.kind for entry in Store.open(folder / "store").entries())
 
 
 def anchor_of(folder: Path) -> Artefact:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
-    store = Store(folder / "store")
+    store = Store.open(folder / "store")
     return store.read(cached_results(recipe, fingerprint_inputs(recipe), store)["anchor"].reference("anchor"))
 
 
@@ -53,7 +53,7 @@ def test_regmean_is_the_closed_form_of_the_merges_own_grams(merged: Path, edit_r
     result = stages(merged, "anchor")
     state = load_file(anchor_of(merged).file("model.safetensors"))
     experts = experts_of(merged)
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     readers = [
         GramReader(store.read(result["grams"].reference("experts", f"task{index}")).file("grams.zarr"))
         for index in range(3)
@@ -133,7 +133,7 @@ def test_the_objective_is_the_share_of_each_experts_accuracy(merged: Path, edit_
     edit_recipe(merged, anchor={"method": "ta", "scale": "validation", "scales": [0.5]}, search={"trials": 1})
     result = stages(merged, "search")
     tried = anchor_of(merged).read_json("scale.json")["tried"][0]
-    search = Store(merged / "store").read(result["search"].reference("search")).read_json("search.json")
+    search = Store.open(merged / "store").read(result["search"].reference("search")).read_json("search.json")
     # The search's first trial is the anchor itself, measured on the same rows.
     assert tried["objective"] == pytest.approx(search["trials"][0]["objective"])
     assert tried["tasks"] == pytest.approx(search["trials"][0]["tasks"])
@@ -157,10 +157,10 @@ def test_a_choice_of_scale_goes_on_where_it_stopped(merged: Path, edit_recipe: E
     stages(merged, "anchor")
     chosen = anchor_of(merged)
     bytes_before = chosen.file("model.safetensors").read_bytes()
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     for entry in store.entries():
         if entry.kind == "stage-anchor" or entry.path == chosen.path:
-            assert store.remove(entry)
+            assert store.discard(entry.kind, entry.key)
     before = made(merged)
     stages(merged, "anchor")
     after = made(merged)
@@ -190,7 +190,7 @@ def test_every_method_gets_its_row_beside_the_anchor(merged: Path, edit_recipe: 
     evaluation: dict[str, Any] = {"compare": methods, "bootstrap_samples": 100}
     edit_recipe(merged, anchor={"method": "regmean"}, search={"trials": 1}, evaluation=evaluation)
     result = stages(merged, "evaluate")["evaluate"]
-    document = Store(merged / "store").read(result.reference("evaluation")).read_json("evaluation.json")
+    document = Store.open(merged / "store").read(result.reference("evaluation")).read_json("evaluation.json")
     rows = {row["method"]: row for row in document["methods"]}
     assert set(methods) <= set(rows)
     # The anchor is the method at its published settings, so it has no row of its own; one model answers for both.

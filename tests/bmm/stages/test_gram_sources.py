@@ -30,15 +30,15 @@ VECTORS = {"source": "task-vectors"}
 def stages(folder: Path, last: str, store: str = "store") -> dict[str, Result]:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
     upto = ORDER[: ORDER.index(last) + 1]
-    return run_stages(recipe, fingerprint_inputs(recipe), Store(folder / store), perform_here, upto)
+    return run_stages(recipe, fingerprint_inputs(recipe), Store.open(folder / store), perform_here, upto)
 
 
 def reader(folder: Path, result: Result, expert: str, store: str = "store") -> GramReader:
-    return GramReader(Store(folder / store).read(result.reference("experts", expert)).file("grams.zarr"))
+    return GramReader(Store.open(folder / store).read(result.reference("experts", expert)).file("grams.zarr"))
 
 
 def maps(folder: Path, result: Result) -> dict[str, list[str]]:
-    modules = Store(folder / "store").read(result.reference("layout")).read_json("modules.json")["maps"]
+    modules = Store.open(folder / "store").read(result.reference("layout")).read_json("modules.json")["maps"]
     groups: dict[str, list[str]] = {}
     for map_ in modules:
         groups.setdefault(map_["input_group"], []).append(f"{map_['module']}.weight")
@@ -46,7 +46,7 @@ def maps(folder: Path, result: Result) -> dict[str, list[str]]:
 
 
 def made(folder: Path) -> Counter[str]:
-    return Counter(entry.kind for entry in Store(folder / "store").entries())
+    return Counter(entry.kind for entry in Store.open(folder / "store").entries())
 
 
 def estimates(folder: Path, expert: str, groups: dict[str, list[str]]) -> dict[str, torch.Tensor]:
@@ -89,9 +89,11 @@ def test_a_merge_on_grams_of_task_vectors_is_the_closed_form_and_reports_its_map
 ) -> None:
     edit_recipe(merged, grams=VECTORS, search={"trials": 2})
     results = stages(merged, "search")
-    search = Store(merged / "store").read(results["search"].reference("search"))
+    search = Store.open(merged / "store").read(results["search"].reference("search"))
     published = load_file(search.file("model.safetensors"))
-    anchor = load_file(Store(merged / "store").read(results["anchor"].reference("anchor")).file("model.safetensors"))
+    anchor = load_file(
+        Store.open(merged / "store").read(results["anchor"].reference("anchor")).file("model.safetensors")
+    )
     base = load_file(merged / "base" / "model.safetensors")
     experts = [load_file(merged / "experts" / f"task{i}" / "model.safetensors") for i in range(3)]
     groups = maps(merged, results["experts"])
@@ -143,7 +145,7 @@ def elsewhere(merged: Path, tmp_path: Path) -> Path:
     """The pico experts' Gram matrices, published from the store in which they were made."""
     result = stages(merged, "grams")["grams"]
     for expert in ("task0", "task1", "task2"):
-        publish(Store(merged / "store").read(result.reference("experts", expert)), tmp_path / "grams" / expert)
+        publish(Store.open(merged / "store").read(result.reference("experts", expert)), tmp_path / "grams" / expert)
     return tmp_path / "grams"
 
 
@@ -200,7 +202,7 @@ def test_grams_that_do_not_cover_the_maps_are_refused(
             sums[name] = None if size is None else GramSum(torch.eye(size, dtype=torch.float64), 1)
         write(draft.path / "grams.zarr", [(name, part) for name, part in sums.items() if part is not None], {})
 
-    other = Store(merged / "third")
+    other = Store.open(merged / "third")
     reference, _ = other.obtain("grams", "0" * 64, make)
     paths = {"task0": str(other.read(reference).path), **{f"task{i}": str(elsewhere / f"task{i}") for i in (1, 2)}}
     edit_recipe(merged, grams={"source": "artifact", "path": paths})

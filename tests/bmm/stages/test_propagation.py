@@ -26,14 +26,14 @@ UPTO_SEARCH = ("experts", "task-vectors", "grams", "anchor", "search")
 
 def search(folder: Path) -> Path:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
-    store = Store(folder / "store")
+    store = Store.open(folder / "store")
     results = run_stages(recipe, fingerprint_inputs(recipe), store, perform_here, UPTO_SEARCH)
     return store.read(results["search"].reference("search")).path
 
 
 def walked(folder: Path) -> dict[str, Entry]:
     """The walk's artefacts in the order in which they were made."""
-    entries = [entry for entry in Store(folder / "store").entries() if entry.kind == "walk"]
+    entries = [entry for entry in Store.open(folder / "store").entries() if entry.kind == "walk"]
     return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.made)}
 
 
@@ -43,14 +43,14 @@ def test_every_layer_and_the_pooler_leave_an_artefact(merged: Path) -> None:
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
 def test_a_walk_goes_on_where_it_stopped_to_the_same_bytes(merged: Path, lost: int) -> None:
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     before = (search(merged) / "model.safetensors").read_bytes()
     made = walked(merged)
     moments = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in made.items()}
     gone = list(made)[-lost:]
     for entry in store.entries():
         if entry.key in gone or entry.kind in ("search", "stage-search"):
-            assert store.remove(entry)
+            assert store.discard(entry.kind, entry.key)
     assert (search(merged) / "model.safetensors").read_bytes() == before
     again = walked(merged)
     assert again.keys() == made.keys()
@@ -75,10 +75,10 @@ def test_the_walk_gives_the_same_bytes_in_workers_and_here(
     merged: Path, edit_recipe: Callable[..., Path], dask_scheduler: str
 ) -> None:
     before = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     for entry in store.entries():
         if entry.kind in ("walk", "search", "stage-search"):
-            assert store.remove(entry)
+            assert store.discard(entry.kind, entry.key)
     edit_recipe(merged, cluster={"scheduler": dask_scheduler})
     search(merged)
     after = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
@@ -144,10 +144,10 @@ def test_a_worker_that_dies_on_the_way_changes_no_byte(
     merged: Path, edit_recipe: Callable[..., Path], dask_scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     for entry in store.entries():
         if entry.kind in ("walk", "search", "stage-search"):
-            assert store.remove(entry)
+            assert store.discard(entry.kind, entry.key)
     edit_recipe(merged, cluster={"scheduler": dask_scheduler})
     ask, asked = propagation.run_all, []
 

@@ -27,7 +27,7 @@ def test_the_output_stores_a_tied_parameter_under_the_names_that_the_base_stores
     with Checkpoint.open(tmp_path / "base") as base, Checkpoint.open(tmp_path / "news") as news:
         classifier = Architecture("AutoModelForSequenceClassification", "text classifier")
         layout = compare(base, {"news": news}, {"news": classifier})
-        work = Work(Store(tmp_path / "store"))
+        work = Work(Store.open(tmp_path / "store"))
 
         def make(draft: Draft) -> None:
             merged = {one.name: torch.randn(one.shape) for one in layout.shared}

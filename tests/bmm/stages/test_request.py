@@ -24,7 +24,7 @@ def never() -> Stage:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
+    return Store.open(tmp_path)
 
 
 def test_a_stage_runs_once_and_is_then_known_without_being_loaded(store: Store) -> None:
@@ -53,7 +53,7 @@ def test_the_key_leaves_out_where_things_are(store: Store) -> None:
 def test_a_lost_artefact_makes_the_stage_run_again(store: Store, kind: str) -> None:
     first = perform(lambda: bake, store, REQUEST)
     (entry,) = [entry for entry in store.entries() if entry.kind == kind]
-    assert store.remove(entry)
+    assert store.discard(entry.kind, entry.key)
     assert recorded(store, REQUEST) is None
     again = perform(lambda: bake, store, REQUEST)
     # Only the record was lost: nothing had to be made.
@@ -72,7 +72,7 @@ def test_a_damaged_artefact_fails_verification(store: Store) -> None:
 
 def test_fresh_runs_what_is_recorded(store: Store) -> None:
     perform(lambda: bake, store, REQUEST)
-    assert perform(lambda: bake, Store(store.root, fresh=True), REQUEST).state == "ran"
+    assert perform(lambda: bake, Store.open(store.root, fresh=True), REQUEST).state == "ran"
 
 
 def test_a_stage_that_fails_leaves_no_record(store: Store) -> None:

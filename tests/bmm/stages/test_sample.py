@@ -31,7 +31,7 @@ class Finished:
 
     def __init__(self, folder: Path) -> None:
         self.recipe = Recipe.from_yaml(folder / "recipe.yaml")
-        self.work = Work(Store(folder / "store"))
+        self.work = Work(Store.open(folder / "store"))
         self.inputs = fingerprint_inputs(self.recipe)
         self.results: dict[str, Result] = cached_results(self.recipe, self.inputs, self.work.store)
         requests = Requests(self.recipe, self.inputs)

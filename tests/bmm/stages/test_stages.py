@@ -31,11 +31,11 @@ ORDER = tuple(STAGES)
 def stages(folder: Path, last: str) -> dict[str, Result]:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
     upto = ORDER[: ORDER.index(last) + 1]
-    return run_stages(recipe, fingerprint_inputs(recipe), Store(folder / "store"), perform_here, upto)
+    return run_stages(recipe, fingerprint_inputs(recipe), Store.open(folder / "store"), perform_here, upto)
 
 
 def kinds(folder: Path) -> Counter[str]:
-    return Counter(entry.kind for entry in Store(folder / "store").entries())
+    return Counter(entry.kind for entry in Store.open(folder / "store").entries())
 
 
 def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -46,7 +46,7 @@ def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 def outputs(folder: Path, stage: str, *path: str) -> Any:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
-    store = Store(folder / "store")
+    store = Store.open(folder / "store")
     return store.read(cached_results(recipe, fingerprint_inputs(recipe), store)[stage].reference(*path))
 
 
@@ -91,7 +91,7 @@ def test_a_task_vectors_norm_is_measured_and_a_zero_one_is_told(pico: Path) -> N
     file = pico / "experts" / "task0" / "model.safetensors"
     change(file, lambda tensors: tensors.update({f"bert.{name}": base[name] + 0.5}))
     result = stages(pico, "task-vectors")["task-vectors"]
-    norms = Store(pico / "store").read(result.reference("experts", "task0")).read_json("norms.json")
+    norms = Store.open(pico / "store").read(result.reference("experts", "task0")).read_json("norms.json")
     assert norms[name]["norm"] == pytest.approx(0.5 * math.sqrt(16 * 32), rel=1e-6)
     assert norms[name]["base_norm"] == pytest.approx(float(base[name].double().norm()))
 
@@ -115,7 +115,9 @@ def test_one_changed_expert_has_its_own_grams_made_again_and_no_other(merged: Pa
     assert kinds(merged)["grams"] == old["grams"] + 1
     assert kinds(merged)["gram-shard"] == 0
     assert result["grams"].reference("experts", "task0") == before.reference
-    reader = GramReader(Store(merged / "store").read(result["grams"].reference("experts", "task1")).file("grams.zarr"))
+    reader = GramReader(
+        Store.open(merged / "store").read(result["grams"].reference("experts", "task1")).file("grams.zarr")
+    )
     assert reader.rows("pooler.dense") == 40
     assert len(reader.provenance["shards"]) == 2
 
@@ -124,7 +126,7 @@ def test_the_cut_into_shards_changes_nothing_but_rounding(merged: Path, edit_rec
     before = GramReader(outputs(merged, "grams", "experts", "task2").file("grams.zarr"))
     edit_recipe(merged, grams={"shard_rows": 7})
     reference = stages(merged, "grams")["grams"].reference("experts", "task2")
-    after = GramReader(Store(merged / "store").read(reference).file("grams.zarr"))
+    after = GramReader(Store.open(merged / "store").read(reference).file("grams.zarr"))
     assert len(after.provenance["shards"]) == 7
     for name in before.names():
         assert before.rows(name) == after.rows(name)
@@ -134,7 +136,7 @@ def test_the_cut_into_shards_changes_nothing_but_rounding(merged: Path, edit_rec
 def test_an_anchor_checkpoint_of_another_shape_is_refused(merged: Path, edit_recipe: Edit) -> None:
     edit_recipe(merged, anchor={"method": "checkpoint", "path": "./experts/task0"})
     found = stages(merged, "anchor")["anchor"]
-    state = load_file(Store(merged / "store").read(found.reference("anchor")).file("model.safetensors"))
+    state = load_file(Store.open(merged / "store").read(found.reference("anchor")).file("model.safetensors"))
     expert = load_file(merged / "experts" / "task0" / "model.safetensors")
     assert all(torch.equal(tensor, expert[f"bert.{name}"]) for name, tensor in state.items())
     name = "bert.encoder.layer.1.output.dense.weight"
@@ -180,7 +182,7 @@ def test_with_one_trial_the_anchor_is_published_bit_for_bit(merged: Path, edit_r
     edit_recipe(merged, search={"trials": 1})
     results = stages(merged, "search")
     assert [results[stage].state for stage in ORDER[:5]] == ["cached"] * 4 + ["ran"]
-    store = Store(merged / "store")
+    store = Store.open(merged / "store")
     search = store.read(results["search"].reference("search"))
     anchor = store.read(results["anchor"].reference("anchor"))
     assert search.file("model.safetensors").read_bytes() == anchor.file("model.safetensors").read_bytes()
@@ -211,7 +213,7 @@ def test_an_artefact_that_is_damaged_midway_has_its_stage_run_again(merged: Path
             raise ArtefactDamagedError("lost on the way")
         return perform_here(store, request)
 
-    results = run_stages(recipe, inputs, Store(merged / "store"), execute, ORDER)
+    results = run_stages(recipe, inputs, Store.open(merged / "store"), execute, ORDER)
     assert seen == ["experts", "task-vectors", *ORDER]
     assert list(results) == list(ORDER)
 
@@ -219,4 +221,4 @@ def test_an_artefact_that_is_damaged_midway_has_its_stage_run_again(merged: Path
         raise ArtefactDamagedError("always lost")
 
     with pytest.raises(ArtefactDamagedError, match="always lost"):
-        run_stages(recipe, inputs, Store(merged / "store"), broken, ORDER)
+        run_stages(recipe, inputs, Store.open(merged / "store"), broken, ORDER)

@@ -56,7 +56,7 @@ def test_a_recipe_without_any_data_becomes_a_model(without: Callable[..., Path],
     path = without("task")
     (pico / "data").rename(pico / "gone")
     recipe = bmm.Recipe.from_yaml(path)
-    plan = make_plan(recipe, fingerprint_inputs(recipe), Store(pico / "store"))
+    plan = make_plan(recipe, fingerprint_inputs(recipe), Store.open(pico / "store"))
     require_fit(plan, recipe)
     assert "no data" in next(stage.note for stage in plan.stages if stage.stage == "grams")
     made = merged(path)
@@ -84,7 +84,7 @@ def test_a_recipe_without_any_data_becomes_a_model(without: Callable[..., Path],
     model = AutoModel.from_pretrained(made.output)
     state = model.state_dict()
     base = load_file(pico / "base" / "model.safetensors")
-    store = Store(pico / "store")
+    store = Store.open(pico / "store")
     anchor = load_file(store.read(made.results["anchor"].reference("anchor")).file("model.safetensors"))
     for entry in document["coverage"]:
         name = entry["parameter"]
@@ -107,7 +107,7 @@ def test_the_evidence_chooses_without_data(without: Callable[..., Path], pico: P
     assert len(set(chosen.values())) > 1
     name = "encoder.layer.1.output.dense"
     anchor = load_file(
-        Store(pico / "store").read(made.results["anchor"].reference("anchor")).file("model.safetensors")
+        Store.open(pico / "store").read(made.results["anchor"].reference("anchor")).file("model.safetensors")
     )[f"{name}.weight"].double()
     base = load_file(pico / "base" / "model.safetensors")[f"{name}.weight"].double()
     experts = [
@@ -141,7 +141,7 @@ def test_with_test_rows_alone_everything_but_the_search_works(without: Callable[
         numbers.values()
     )
     assert not any("not measured" in note for note in made.document["notes"])
-    store = Store(pico / "store")
+    store = Store.open(pico / "store")
     recipe = bmm.Recipe.from_yaml(path)
     requests = Requests(recipe, fingerprint_inputs(recipe))
     with pytest.raises(RecipeError, match="samples are measured on validation rows, and the recipe names none"):
@@ -176,4 +176,4 @@ def test_the_walk_needs_no_validation_rows(without: Callable[..., Path], in_proc
     assert any(entry["parameter"].endswith("bias") for entry in made.document["coverage"] if entry["lambda"] == 0.3)
     # Nothing reads Gram matrices: the walk makes its own moments, and no method of comparison asks for any.
     assert made.document["grams"]["experts"] == {}
-    assert "grams" not in {entry.kind for entry in Store(made.output.parent / "store").entries()}
+    assert "grams" not in {entry.kind for entry in Store.open(made.output.parent / "store").entries()}

@@ -1,0 +1,1 @@
+"""Where a store (`bmm.store`) may keep its artefacts."""

@@ -1,0 +1,214 @@
+"""A folder on this machine with whole artefacts, and what it takes to make more: drafts, progress, locks.
+
+An artefact is written to a draft folder and renamed into place when it is whole. A lock per key, held by the kernel
+for as long as its process lives, keeps two processes from working at the same artefact. What is found here is checked
+to the last byte, once for each state of a file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bmm.digest import digest_file
+from bmm.disk import explained, sync
+from bmm.errors import ArtefactDamagedError
+from bmm.store import Artefact, Draft, Entry, Reference
+from bmm.stores.manifest import MANIFEST, files_of, made_at, manifest_text, read_manifest
+
+
+class Folder:
+    """Artefacts in `root`, which is made on the first write.
+
+    Args:
+        root: the folder.
+        cache: it may be made anew whenever it is gone; nothing in it is the only one of its kind.
+    """
+
+    def __init__(self, root: Path, *, cache: bool = False) -> None:
+        self.root = root
+        self._cache = cache
+        self._seen = False
+        self._verified: dict[Path, tuple[int, int, int]] = {}
+
+    def place(self, kind: str, key: str) -> Path:
+        """Return the folder of an artefact, whether it is there or not."""
+        return self.root / "artefacts" / kind / key
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def load(self, kind: str, key: str) -> Artefact:
+        """Return an artefact, every byte checked.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ArtefactDamagedError: it is not what was written.
+        """
+        path, what = self.place(kind, key), f"the {kind} artefact {key[:12]}"
+        manifest = read_manifest(path, what)
+        for name, expected in manifest["files"].items():
+            if not self.holds(path / name, expected):
+                raise ArtefactDamagedError(f"{what} has a damaged file, {(path / name).name}")
+        self._seen = True
+        return Artefact(Reference(kind, key, manifest["digest"]), path, manifest)
+
+    def holds(self, path: Path, expected: Mapping[str, Any]) -> bool:
+        """Say whether a file has the size and the digest that a manifest promises.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if self._verified.get(path) == _mark(path):
+            return True
+        if path.stat().st_size != expected["bytes"] or digest_file(path) != expected["sha256"]:
+            return False
+        self._verified[path] = _mark(path)
+        return True
+
+    def forget(self) -> None:
+        """Check everything again from now on."""
+        self._verified.clear()
+
+    def touch(self, kind: str, key: str) -> None:
+        """Note that an artefact was used: its manifest's modification time says when that last happened."""
+        # A read-only store keeps no such note.
+        with suppress(OSError):
+            os.utime(self.place(kind, key) / MANIFEST)
+
+    def entries(self) -> list[Entry]:
+        """Return every artefact, whether it is whole or not, by kind and key."""
+        found = []
+        for path in sorted((self.root / "artefacts").glob("*/*")):
+            manifest = path / MANIFEST
+            size = sum((path / name).stat().st_size for name in files_of(path))
+            state = (manifest if manifest.exists() else path).stat()
+            text = manifest.read_text(encoding="utf-8", errors="replace") if manifest.exists() else ""
+            made = made_at(text, state.st_mtime)
+            found.append(Entry(path.parent.name, path.name, size, made, state.st_mtime, path))
+        return found
+
+    # -- making ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def drafted(self, kind: str, key: str, *, fresh: bool = False) -> Iterator[Draft]:
+        """Give a draft, which goes if the block fails or does not `settle` it; the caller holds the key's lock.
+
+        Args:
+            kind: of the artefact.
+            key: of the artefact.
+            fresh: forget the progress of earlier attempts too.
+        """
+        progress = self.root / "progress" / f"{kind}-{key}"
+        if fresh and progress.exists():
+            shutil.rmtree(progress)
+        self._remove_drafts(kind, key)
+        folder = self.root / "drafts" / f"{kind}-{key}-{uuid.uuid4().hex[:8]}"
+        self._make_folder(folder)
+        try:
+            yield Draft(folder, progress)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._remove_drafts(kind, key)
+        shutil.rmtree(progress, ignore_errors=True)
+
+    def settle(self, draft: Path, manifest: Mapping[str, Any]) -> Artefact:
+        """Rename a draft folder into its place, durably, with its manifest."""
+        kind, key = manifest["kind"], manifest["key"]
+        final = self.place(kind, key)
+        for name in manifest["files"]:
+            sync(draft / name)
+        _write_durably(draft / MANIFEST, manifest_text(manifest))
+        self._make_folder(final.parent)
+        if final.exists():
+            final.rename(draft.with_name(draft.name + "-replaced"))
+        draft.rename(final)
+        sync(final.parent)
+        for name in manifest["files"]:
+            self._verified[final / name] = _mark(final / name)
+        return Artefact(Reference(kind, key, manifest["digest"]), final, manifest)
+
+    @contextmanager
+    def locked(self, kind: str, key: str) -> Iterator[None]:
+        """Hold a key's lock, once nobody else does.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        with explained(self.root):
+            self._make_folder(self.root / "locks")
+            lock = self._lock(kind, key)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def locked_if_free(self, kind: str, key: str) -> Iterator[bool]:
+        """Hold a key's lock unless somebody else does; yields whether it is held."""
+        lock = self._lock(kind, key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    # -- clearing up -----------------------------------------------------------------------------------------
+
+    def remove(self, kind: str, key: str) -> None:
+        """Remove an artefact; the caller holds the key's lock."""
+        place = self.place(kind, key)
+        # The manifest goes first: a kill in the middle must not leave something that looks whole.
+        (place / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+    def remove_leftovers(self) -> int:
+        """Remove drafts whose makers are dead; return how many."""
+        removed = 0
+        for left in sorted((self.root / "drafts").glob("*")):
+            kind, _, key = left.name.removesuffix("-replaced").rsplit("-", 1)[0].rpartition("-")
+            with self.locked_if_free(kind, key) as free:
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+                    removed += 1
+        return removed
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder of the store, and the store with the first one."""
+        if not self._seen or self._cache:
+            self.root.mkdir(parents=True, exist_ok=True)
+        # A store that has been read from and is away now, its disk unmounted say, must not be made anew in its place.
+        for part in reversed([folder, *folder.parents[: len(folder.relative_to(self.root).parts) - 1]]):
+            part.mkdir(exist_ok=True)
+
+    def _remove_drafts(self, kind: str, key: str) -> None:
+        """Remove what a killed attempt left; the caller holds the key's lock, so nobody is writing there."""
+        for left in (self.root / "drafts").glob(f"{kind}-{key}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _lock(self, kind: str, key: str) -> FileLock:
+        return FileLock(self.root / "locks" / f"{kind}-{key}.lock")
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())

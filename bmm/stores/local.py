@@ -1,0 +1,97 @@
+"""The store in a folder of this machine, or of a file system that several machines see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bmm.disk import free_bytes
+from bmm.errors import ArtefactDamagedError, OutputError
+from bmm.store import Artefact, Draft, Entry, Reference, Store
+from bmm.stores.folder import Folder
+
+
+class LocalStore(Store):
+    """A folder of artefacts.
+
+    Args:
+        root: the folder; made on the first write.
+        fresh: make every artefact anew, once in this process, whatever is there already.
+    """
+
+    def __init__(self, root: Path, *, fresh: bool = False) -> None:
+        super().__init__(root, fresh=fresh)
+        self._folder = Folder(self.root)
+
+    @classmethod
+    def at(cls, text: str, *, fresh: bool = False) -> LocalStore:
+        """Open the store in a folder.
+
+        Raises:
+            OutputError: it cannot be a folder.
+        """
+        root = Path(text).expanduser()
+        if root.exists() and not root.is_dir():
+            raise OutputError(f"the store {root} is a file; name a folder with --store or BMM_STORE")
+        above = next(parent for parent in root.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise OutputError(f"the store {root} lies below {above}, which is a file; name a folder with --store")
+        return cls(root, fresh=fresh)
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def free_bytes(self) -> int | None:
+        """Return the bytes free on the folder's disk."""
+        return free_bytes(self.root)
+
+    def entries(self) -> list[Entry]:
+        """Return every artefact, whether it is whole or not, by kind and key."""
+        return self._folder.entries()
+
+    def verify(self) -> list[tuple[Entry, str]]:
+        """Read every artefact and return those that are damaged, each with what is wrong."""
+        damaged = []
+        self._folder.forget()
+        for entry in self.entries():
+            try:
+                self._folder.load(entry.kind, entry.key)
+            except ArtefactDamagedError as error:
+                damaged.append((entry, str(error)))
+            except FileNotFoundError:
+                damaged.append((entry, f"the {entry.kind} artefact {entry.key[:12]} has lost its manifest"))
+        return damaged
+
+    def discard(self, kind: str, key: str) -> bool:
+        """Remove the artefact with this key, if it is there and nobody is at work on it."""
+        if not self._folder.place(kind, key).exists():
+            return False
+        with self._folder.locked_if_free(kind, key) as free:
+            if free:
+                self._folder.remove(kind, key)
+        return free
+
+    def remove_leftovers(self) -> int:
+        """Remove drafts whose makers are dead; return how many."""
+        return self._folder.remove_leftovers()
+
+    @contextmanager
+    def locked(self, kind: str, key: str) -> Iterator[None]:
+        """Hold the lock of one key; the kernel drops it with the process."""
+        with self._folder.locked(kind, key):
+            yield
+
+    def _load(self, kind: str, key: str) -> Artefact:
+        return self._folder.load(kind, key)
+
+    def _used(self, reference: Reference) -> None:
+        self._folder.touch(reference.kind, reference.key)
+
+    @contextmanager
+    def _drafted(self, kind: str, key: str) -> Iterator[tuple[Draft, Callable[[Mapping[str, Any]], Reference]]]:
+        with self._folder.drafted(kind, key, fresh=self.fresh) as draft:
+            yield draft, lambda manifest: self._folder.settle(draft.path, manifest).reference
