@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from bmm.cluster.connection import Cluster, workers
 from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_json
+from bmm.errors import BMMError
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.modules.units import Unit, units_of
@@ -37,8 +37,8 @@ from bmm.regression.ridge import Ridge, serves
 from bmm.regression.settings import DEFAULT_LAMBDA, RegressionSettings
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
-from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solution_file, solved_over
-from bmm.store import Artefact, Draft, Reference
+from bmm.stages.walk_part import SOLUTIONS, PartRequest, forget, part_moments, solved_over
+from bmm.store import Artefact, Draft, Reference, artefact_key
 
 WALK_VERSION = 7
 _MOMENTS = "moments.safetensors"
@@ -184,16 +184,24 @@ class _Walker:
     def solve_unit(self, draft: Draft, unit: Unit) -> None:
         """Solve the groups of one unit in order, and write moments and solutions."""
         self._start()
+        kept: list[Reference] = []
+        try:
+            self._solve_unit(draft, unit, kept)
+        finally:
+            for reference in kept:
+                # A store that cannot be reached any more says so elsewhere, and prunes what is left.
+                with suppress(BMMError):
+                    self._work.store.discard(reference.kind, reference.key)
+
+    def _solve_unit(self, draft: Draft, unit: Unit, kept: list[Reference]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         solutions: dict[str, torch.Tensor] = {}
         lambdas: dict[str, float] = {}
         conditions: dict[str, float | None] = {}
         anchored: list[str] = []
         rows: dict[str, tuple[int, ...]] = {}
-        folder = draft.progress
-        folder.mkdir(parents=True, exist_ok=True)
-        for place, group in enumerate(unit.groups):
-            parts = self._ask(unit, group, list(unit.groups)[:place], folder)
+        for group in unit.groups:
+            parts = self._ask(unit, group, kept)
             found = {}
             everything, *folds = (trusted(total(fold, self._weights), unit.groups[group]) for fold in parts)
             where = f"the input of {group}"
@@ -210,7 +218,7 @@ class _Walker:
                 conditions[map_.module] = condition if math.isfinite(condition) else None
                 if solver.trace == 0:
                     anchored.append(map_.module)
-            save_file(found, solution_file(folder, place))
+            kept.append(self._keep(unit, group, found))
             solutions |= found
             tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
             rows[group] = everything.rows
@@ -218,6 +226,18 @@ class _Walker:
         save_file(solutions, draft.path / SOLUTIONS)
         said = {"rows": rows, "lambdas": lambdas, "conditions": conditions, "anchored": anchored}
         draft.write_json("unit.json", {"name": unit.name, **said})
+
+    def _keep(self, unit: Unit, group: str, found: Mapping[str, torch.Tensor]) -> Reference:
+        """Put a group's solutions where every worker finds them, for as long as its unit is in work."""
+        place = {"walk": self._identity, "unit": unit.name, "group": group}
+        key = artefact_key("walk-group", WALK_VERSION, place, {})
+
+        def make(draft: Draft) -> None:
+            save_file(dict(found), draft.path / SOLUTIONS)
+
+        # Anew, whatever a killed run has left: these are what the sum of this run goes with.
+        reference, _ = self._work.store.obtain("walk-group", key, make, replace=True)
+        return reference
 
     def _start(self) -> None:
         if self._shares:
@@ -232,7 +252,7 @@ class _Walker:
         bounds = [self._experts * share // count for share in range(count + 1)]
         self._shares = [tuple(range(low, high)) for low, high in itertools.pairwise(bounds)]
 
-    def _ask(self, unit: Unit, group: str, solved: Sequence[str], folder: Path) -> list[list[Moments]]:
+    def _ask(self, unit: Unit, group: str, solved: Sequence[Reference]) -> list[list[Moments]]:
         """Return the tasks' moments of one group in the recipe's order: of all rows, then of each fold."""
         requests = [
             vars(
@@ -244,8 +264,7 @@ class _Walker:
                     before=tuple(reference.to_json() for reference in self._before),
                     done=tuple(reference.to_json() for reference in self.done),
                     unit=unit.name,
-                    solved=tuple(solved),
-                    folder=str(folder.resolve()),
+                    solved=tuple(reference.to_json() for reference in solved),
                     group=group,
                     held_out=self._lambda == "held-out",
                 )

@@ -1,7 +1,7 @@
 """One share of a walk through the network: some tasks, wherever a worker has time for them.
 
 What is asked of a share is a pure function of the request: moments of one group, after the units and groups before it
-were solved as the store and a folder of solutions say. A worker keeps the share that it had last, with its experts'
+were solved as the store says. A worker keeps the share that it had last, with its experts'
 activations where they are, and carries it on; a worker that has never seen it, or has fallen behind, catches up. So
 a worker may die at any time, and no state is lost with it.
 
@@ -55,8 +55,7 @@ class PartRequest:
         before: the artefacts of the round before, from whose model this one starts.
         done: the artefacts of the units before, in order.
         unit: the unit in work.
-        solved: its groups that are solved already, in order, each a file of `folder`.
-        folder: where their solutions lie.
+        solved: the artefacts of its groups that are solved already, in order.
         group: the group whose moments are wanted.
         held_out: whether some rows are kept out of the solve.
     """
@@ -68,8 +67,7 @@ class PartRequest:
     before: tuple[Mapping[str, str], ...]
     done: tuple[Mapping[str, str], ...]
     unit: str
-    solved: tuple[str, ...]
-    folder: str
+    solved: tuple[Mapping[str, str], ...]
     group: str
     held_out: bool
 
@@ -149,11 +147,6 @@ def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefac
     return give
 
 
-def solution_file(folder: Path, place: int) -> Path:
-    """Return where the solutions of a unit's group are kept while the unit is in work."""
-    return folder / f"group-{place}.safetensors"
-
-
 class _Part:
     """A share of a walk that stands somewhere in the network."""
 
@@ -169,7 +162,7 @@ class _Part:
         prior = solved_over(anchored, setup.regressed, before)
         self._walk = open_walk(Walk, self._work, stage, setup, weights, prior, request.tasks, held_out=request.held_out)
         self._done: list[Mapping[str, str]] = []
-        self._solved: list[str] = []
+        self._solved: list[Mapping[str, str]] = []
 
     def precedes(self, request: PartRequest) -> bool:
         """Say whether the share stands where the request is, or before it."""
@@ -186,10 +179,9 @@ class _Part:
             self._walk.advance(artefact.read_json("unit.json")["name"])
             self._done.append(reference)
             self._solved.clear()
-        for place, group in enumerate(request.solved):
-            if place >= len(self._solved):
-                self._apply(solution_file(Path(request.folder), place))
-                self._solved.append(group)
+        for reference in request.solved[len(self._solved) :]:
+            self._apply(self._work.read(Reference.from_json(reference)).file(SOLUTIONS))
+            self._solved.append(reference)
         return self._walk.moments(request.unit, request.group)
 
     def close(self) -> None:
