@@ -42,7 +42,7 @@ def _look(store: Store, witness: Reference, cause: Exception | None = None) -> N
     except OSError:
         found = None
     # One artefact that is missing from a store that is there is damage, not absence.
-    if found is None and not (store.root / "artefacts").is_dir():
+    if found is None and store.is_away():
         raise StoreAwayError(f"the store {store.root} is not there any more; is its disk mounted?") from cause
 
 

@@ -55,14 +55,16 @@ def merge(recipe: Recipe, *, store: str | PathLike[str] | None = None, fresh: bo
 
     Args:
         recipe: what to merge.
-        store: folder of the artefact store; else `BMM_STORE`, else the user's cache folder.
+        store: folder or s3:// address of the artefact store; else `BMM_STORE`, else the user's cache folder.
         fresh: compute every stage anew.
 
     Raises:
         UserError: the recipe or something that it names cannot be used.
         BMMError: the merge failed for another reason.
     """
-    return run(recipe, Store.open(store, fresh=fresh), perform_here)
+    opened = Store.open(store, fresh=fresh)
+    opened.check()
+    return run(recipe, opened, perform_here)
 
 
 def run(recipe: Recipe, store: Store, execute: Execute, *, inputs: Inputs | None = None) -> Merge:

@@ -29,13 +29,19 @@ from bmm.store import Store
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages, and what there is to meet them."""
+    """All stages, and what there is to meet them.
+
+    `work` is the store's folder on this machine, where artefacts are made (and kept, unless the store is elsewhere);
+    `store_free` is None where nobody can say.
+    """
 
     stages: tuple[StagePlan, ...]
     output_bytes: int
-    store: Path
+    store: str
+    work: Path
     output: Path
-    store_free: int
+    store_free: int | None
+    work_free: int
     output_free: int
     memory_total: int
 
@@ -56,8 +62,14 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory_bytes,
-            "free": {"store": self.store_free, "output": self.output_free, "memory": self.memory_total},
-            "store": str(self.store),
+            "free": {
+                "store": self.store_free,
+                "work": self.work_free,
+                "output": self.output_free,
+                "memory": self.memory_total,
+            },
+            "store": self.store,
+            "work": str(self.work),
             "output": str(self.output),
         }
 
@@ -89,9 +101,11 @@ def make_plan(recipe: Recipe, inputs: Inputs, store: Store) -> Plan:
     return Plan(
         stages=stages,
         output_bytes=output_bytes,
-        store=store.root,
+        store=store.location,
+        work=store.root,
         output=output,
-        store_free=free_bytes(store.root),
+        store_free=store.free_bytes(),
+        work_free=free_bytes(store.root),
         output_free=free_bytes(output),
         memory_total=psutil.virtual_memory().total,
     )
@@ -115,8 +129,11 @@ def require_fit(plan: Plan, recipe: Recipe) -> None:
         RecipeError: too little memory, in all or for a worker.
     """
     shortages: list[tuple[float, Exception]] = []
+    store, store_free = f"the store {plan.store}", plan.store_free
+    if store_free is None:
+        store, store_free = f"the folder {plan.work}, for copies of the store {plan.store},", plan.work_free
     for what, needed, free, remedy in (
-        (f"the store {plan.store}", plan.disk_bytes, plan.store_free, "name another disk with --store or prune it"),
+        (store, plan.disk_bytes, store_free, "name another disk with --store or prune it"),
         (f"the output {plan.output}", plan.output_bytes, plan.output_free, "name another folder with 'output'"),
     ):
         if needed > free:

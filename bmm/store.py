@@ -24,7 +24,7 @@ from typing import Any
 
 from bmm.digest import digest_json
 from bmm.disk import explained
-from bmm.errors import ArtefactDamagedError, UserError
+from bmm.errors import ArtefactDamagedError
 from bmm.stores.manifest import manifest_of
 
 
@@ -126,8 +126,11 @@ class Store(ABC):
             UserError: the location is not one that this version can use.
         """
         text = str(location or os.environ.get("BMM_STORE") or default_location())
+        # Imported here: they are stores of this kind.
         if "://" in text:
-            raise UserError(f"the store {text} is not a folder; this version keeps artefacts in local folders only")
+            from bmm.stores.objects import ObjectStore
+
+            return ObjectStore.at(text, fresh=fresh)
         from bmm.stores.local import LocalStore
 
         return LocalStore.at(text, fresh=fresh)
@@ -141,7 +144,25 @@ class Store(ABC):
     def free_bytes(self) -> int | None:
         """Return how much more fits into the store, None where nobody can say."""
 
+    def check(self) -> None:  # noqa: B027 - a folder has nothing to ask
+        """Ask the store whether it is there for us, so that a wrong name or secret ends a command at once.
+
+        Raises:
+            OutputError: what is wrong.
+        """
+
+    def is_away(self) -> bool:
+        """Say whether nothing is seen of the store: no artefact that it had can be found, whatever it was."""
+        return not (self.root / "artefacts").is_dir()
+
     # -- reading ---------------------------------------------------------------------------------------------
+
+    def holds(self, reference: Reference) -> bool:
+        """Say whether an artefact is there, as a reason not to make it; to be held is to be used.
+
+        A store from which reading is dear may look at sizes alone, if damage that `read` finds ends this belief.
+        """
+        return self.find(reference.kind, reference.key) == reference
 
     def find(self, kind: str, key: str) -> Reference | None:
         """Return a reference to the artefact with this key if it is there and whole, else None.
@@ -236,6 +257,19 @@ class Store(ABC):
     @abstractmethod
     def remove_leftovers(self) -> int:
         """Remove what killed runs have left of artefacts; return how many pieces of work that was."""
+
+    def remove_uploads(self) -> int:
+        """Remove what killed runs have left where others can see it; return how many files."""
+        return 0
+
+    def remove_copies(self, before: float, *, dry_run: bool = False) -> tuple[int, int]:  # noqa: ARG002
+        """Remove this machine's copies of what is kept elsewhere; return how many, and their bytes.
+
+        Args:
+            before: those last used before that time, in seconds since 1970.
+            dry_run: only count.
+        """
+        return 0, 0
 
     # -- what a place has to offer ---------------------------------------------------------------------------
 

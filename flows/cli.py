@@ -37,7 +37,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe's
 StoreOption = Annotated[
     str | None,
     typer.Option(
-        "--store", metavar="DIR", help="the artefact store (default: BMM_STORE, else the user's cache folder)"
+        "--store",
+        metavar="DIR|s3://…",
+        help="the artefact store, a folder or s3://bucket/prefix (default: BMM_STORE, else the user's cache folder)",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
@@ -296,6 +298,9 @@ def store_prune(
         float, typer.Option(metavar="DAYS", min=0, help="remove what was last used longer ago")
     ] = 30.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    copies: Annotated[
+        bool, typer.Option("--copies", help="of an object store: only this machine's copies, nothing in the bucket")
+    ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -304,11 +309,13 @@ def store_prune(
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.store_prune(store, older_than, dry_run=dry_run)
+        return commands.store_prune(store, older_than, dry_run=dry_run, copies=copies)
 
     def show(found: dict[str, Any]) -> None:
         verb = "would remove" if dry_run else "removed"
         _out.print(f"{verb} {found['artefacts']} artefacts, {found['bytes'] / 2**20:.1f} MiB")
+        if found["copies"]:
+            _out.print(f"{verb} {found['copies']} copies on this machine, {found['copy_bytes'] / 2**20:.1f} MiB")
 
     _run(work, as_json, show)
 

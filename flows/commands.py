@@ -40,7 +40,7 @@ def plan(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
     from bmm.sources import fingerprint_inputs
 
     recipe = _recipe(path)
-    made = make_plan(recipe, fingerprint_inputs(recipe), Store.open(store, fresh=fresh))
+    made = make_plan(recipe, fingerprint_inputs(recipe), _opened(store, fresh=fresh))
     require_fit(made, recipe)
     return made.to_json()
 
@@ -76,7 +76,7 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
 
     started = time.perf_counter()
     recipe = _recipe(path)
-    opened = Store.open(store, fresh=fresh)
+    opened = _opened(store, fresh=fresh)
     # Everything that can be refused without work is refused here, before a server or a worker starts.
     require_fit(make_plan(recipe, fingerprint_inputs(recipe), opened), recipe)
     outcome = _merge_with_prefect(recipe, opened) if server else _merge_here(recipe, opened)
@@ -137,7 +137,7 @@ def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = N
     if output is not None:
         for name in (expert.name for expert in recipe.experts):
             check_target(output / name)
-    opened = Store.open(store, fresh=fresh)
+    opened = _opened(store, fresh=fresh)
     stages = ("experts", "task-vectors", "grams")
     results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, stages, grams=True)
     experts = []
@@ -189,7 +189,7 @@ def evaluate(
     inputs = fingerprint_inputs(recipe, check_output_folder=False)
     folder = Path.cwd() if os.path.exists(model) else recipe.folder
     found = fingerprint_model(model, folder, "MODEL", inputs.base)
-    opened = Store.open(store)
+    opened = _opened(store)
     drawn: dict[str, Any] = {}
     if samples is not None:
         # First, since it can refuse.
@@ -251,7 +251,7 @@ def report(run: Path, store: str | None) -> dict[str, Any]:
 
     recipe = _recipe(run)
     inputs = fingerprint_inputs(recipe)
-    opened = Store.open(store)
+    opened = _opened(store)
     results = cached_results(recipe, inputs, opened)
     missing = [stage for stage in stages_of(recipe) if stage not in results]
     if missing:
@@ -264,7 +264,7 @@ def report(run: Path, store: str | None) -> dict[str, Any]:
 
 def store_list(store: str | None) -> dict[str, Any]:
     """List the artefacts."""
-    opened = Store.open(store)
+    opened = _opened(store)
     entries = [
         {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "made": entry.made, "used": entry.used}
         for entry in opened.entries()
@@ -274,7 +274,7 @@ def store_list(store: str | None) -> dict[str, Any]:
 
 def store_verify(store: str | None) -> dict[str, Any]:
     """Read every artefact and name the damaged ones."""
-    opened = Store.open(store)
+    opened = _opened(store)
     damaged = [
         {"kind": entry.kind, "key": entry.key, "path": str(entry.path), "reason": reason}
         for entry, reason in opened.verify()
@@ -282,18 +282,29 @@ def store_verify(store: str | None) -> dict[str, Any]:
     return {"store": opened.location, "checked": len(opened.entries()), "damaged": damaged}
 
 
-def store_prune(store: str | None, older_than_days: float, *, dry_run: bool) -> dict[str, Any]:
-    """Remove what was not used for a while, and what killed runs left."""
-    opened = Store.open(store)
-    old = [entry for entry in opened.entries() if entry.used < time.time() - older_than_days * 86400]
+def store_prune(store: str | None, older_than_days: float, *, dry_run: bool, copies: bool) -> dict[str, Any]:
+    """Remove what was not used for a while, and what killed runs left; or this machine's copies of it alone."""
+    opened = _opened(store)
+    before = time.time() - older_than_days * 86400
+    old = [] if copies else [entry for entry in opened.entries() if entry.used < before]
     removed = old if dry_run else [entry for entry in old if opened.discard(entry.kind, entry.key)]
-    leftovers = 0 if dry_run else opened.remove_leftovers()
+    leftovers = 0 if dry_run else opened.remove_leftovers() + (0 if copies else opened.remove_uploads())
+    number, size = opened.remove_copies(before, dry_run=dry_run)
     return {
         "store": opened.location,
         "artefacts": len(removed),
         "bytes": sum(entry.bytes for entry in removed),
         "leftovers": leftovers,
+        "copies": number,
+        "copy_bytes": size,
     }
+
+
+def _opened(store: str | None, *, fresh: bool = False) -> Store:
+    """Open the store, and make sure that it answers."""
+    opened = Store.open(store, fresh=fresh)
+    opened.check()
+    return opened
 
 
 def _recipe(path: Path) -> Recipe:

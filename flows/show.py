@@ -46,8 +46,13 @@ def _stages(stages: Mapping[str, Any]) -> str:
 def plan_table(found: Mapping[str, Any]) -> Table:
     """Return the plan as a table."""
     free = found["free"]
+    store = f"{readable_bytes(free['work'])} free in the store"
+    if free["store"] is None:
+        store = (
+            f"{readable_bytes(free['work'])} free for copies on this machine (an object store's own room is unknown)"
+        )
     table = _table(
-        f"disk {readable_bytes(found['disk_bytes'])} of {readable_bytes(free['store'])} free in the store, "
+        f"disk {readable_bytes(found['disk_bytes'])} of {store}, "
         f"{readable_bytes(found['output_bytes'])} for the output; "
         f"memory {readable_bytes(found['memory_bytes'])} of {readable_bytes(free['memory'])}"
     )

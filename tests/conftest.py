@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from object_server import ObjectServer, running_server
 
 WORDS = [f"w{index}" for index in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -151,6 +152,13 @@ def dask_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """An S3-speaking server of the session's own."""
+    with running_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

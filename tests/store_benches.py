@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from object_server import ObjectServer
 
 from bmm.store import Draft, Store, artefact_key
 from bmm.stores.manifest import MANIFEST
@@ -58,6 +63,45 @@ class LocalBench(Bench):
 
     def drop(self, kind: str, key: str, name: str) -> None:
         self._file(kind, key, name).unlink()
+
+
+class ObjectBench(Bench):
+    """A store under a prefix of a bucket of its own; the environment must name the server."""
+
+    rounds = 6
+
+    def __init__(self, server: ObjectServer) -> None:
+        self._server = server
+        self.bucket = server.new_bucket()
+        self.location = f"s3://{self.bucket}/some/where"
+
+    def path(self, kind: str, key: str, name: str) -> str:
+        """Return a file's place on the server."""
+        prefix = f"{self.bucket}/some/where/artefacts/{kind}/{key}"
+        if name == MANIFEST:
+            return f"{prefix}/{MANIFEST}"
+        manifest = json.loads(self._server.ask("GET", f"{prefix}/{MANIFEST}"))
+        return f"{prefix}/{manifest['files'][name]['sha256']}"
+
+    def listed(self) -> list[str]:
+        """Every object of the store, by its place below the prefix."""
+        listing = self._server.ask("GET", f"{self.bucket}?list-type=2").decode()
+        return sorted(key.removeprefix("some/where/") for key in re.findall("<Key>([^<]*)</Key>", listing))
+
+    def forget_copies(self) -> None:
+        """Remove the copies of this machine."""
+        shutil.rmtree(self.open().root / "artefacts", ignore_errors=True)
+
+    def get(self, kind: str, key: str, name: str) -> bytes:
+        return self._server.ask("GET", self.path(kind, key, name))
+
+    def put(self, kind: str, key: str, name: str, content: bytes) -> None:
+        self._server.ask("PUT", self.path(kind, key, name), content)
+        self.forget_copies()
+
+    def drop(self, kind: str, key: str, name: str) -> None:
+        self._server.ask("DELETE", self.path(kind, key, name))
+        self.forget_copies()
 
 
 def fill(draft: Draft) -> None:

@@ -144,8 +144,8 @@ def recorded(store: Store, request: Request) -> Result | None:
 
 
 def verified(store: Store, result: Result) -> bool:
-    """Say whether every artefact that a result refers to is there and whole."""
-    return all(store.find(ref.kind, ref.key) == ref for ref in _references(result.outputs))
+    """Say whether the store holds every artefact that a result refers to."""
+    return all(store.holds(ref) for ref in _references(result.outputs))
 
 
 def _references(value: Any) -> list[Reference]:

@@ -35,7 +35,7 @@ Place = tuple[Path, Path]
         (["store"], ["ls", "verify", "prune"]),
         (["store", "ls"], ["--store", "--json"]),
         (["store", "verify"], ["--store", "--json", "damaged"]),
-        (["store", "prune"], ["--older-than", "--dry-run", "--json"]),
+        (["store", "prune"], ["--older-than", "--dry-run", "--copies", "--json"]),
     ],
 )
 def test_help_names_what_a_command_takes(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from store_benches import KEY, answer, child, drafts, fill, refuse
 
-from bmm.errors import ArtefactDamagedError, OutputError, UserError
+from bmm.errors import ArtefactDamagedError, OutputError
 from bmm.store import Store
 from bmm.stores.manifest import MANIFEST
 
@@ -103,7 +103,5 @@ def test_a_store_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         Store.open(tmp_path / "file")
-    with pytest.raises(UserError, match="local folders only"):
-        Store.open("s3://bucket/store")
     with pytest.raises(OutputError, match="which is a file"):
         Store.open(tmp_path / "file" / "store")
