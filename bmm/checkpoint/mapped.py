@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MOST_BYTES = 128 * 2**20
+MOST_BYTES = 128 * 2**20
 
 
 class MappedFile:
@@ -29,7 +29,7 @@ class MappedFile:
         OSError, safetensors.SafetensorError: it cannot be read, is damaged, or (by `tensor`) was replaced meanwhile.
     """
 
-    def __init__(self, path: Path, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, path: Path, most_bytes: int = MOST_BYTES) -> None:
         self.path = path
         self._most_bytes = most_bytes
         self._mark = self._state()
@@ -52,6 +52,12 @@ class MappedFile:
             tensor: Tensor = self._handle.get_tensor(name)
             self._given += tensor.nbytes
             return tensor
+
+    def rest(self) -> None:
+        """Let go of the file until the next tensor is asked for."""
+        with self._lock:
+            self._handle = None
+            self._given = self._most_bytes + 1
 
     def _state(self) -> tuple[int, int, int]:
         state = self.path.stat()

@@ -51,3 +51,18 @@ def test_tensors_are_found_in_the_last_file_that_has_them(tmp_path: Path) -> Non
         save_file({name: torch.tensor([float(index)]) for name in names}, tmp_path / f"{index}.safetensors")
     found = mapped(sorted(tmp_path.glob("*.safetensors")))
     assert {name: file.tensor(name).item() for name, file in found.items()} == {"a": 0.0, "b": 1.0, "c": 1.0}
+
+
+def test_a_file_can_be_let_go_of_and_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(2**18), "b": torch.zeros(3)}, file)
+    reader = MappedFile(file)
+    assert bool(reader.tensor("a").all())
+    assert _mapped_bytes(file) > 2**19
+    reader.rest()
+    assert _mapped_bytes(file) == 0
+    assert not bool(reader.tensor("b").any())
+    reader.rest()
+    save_file({"b": torch.ones(3)}, file)
+    with pytest.raises(OSError, match="replaced"):
+        reader.tensor("b")
