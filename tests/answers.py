@@ -10,7 +10,7 @@ from typing import Any
 TOLD = ("merge.json", "report.html", "README.md")
 """Files of the output that tell of the run; every other one is the model and must never depend on it."""
 
-_NOTE = re.compile(r".*, \d+\.\d s$")
+_NOTE = re.compile(r".*, \d+\.\d s(, [\d,]+ \w+/s)?(, about \d+ s left)?$")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Answer:
 
     @property
     def complaints(self) -> list[str]:
-        """Lines on standard error that are not notes on finished pieces of work ("reading rows, 2.3 s")."""
+        """Lines on standard error that are not notes on pieces of work ("reading rows, 2.3 s, 8 rows/s")."""
         return [line for line in self.err.splitlines() if line.strip() and not _NOTE.match(line)]
 
     def states(self) -> dict[str, str]:

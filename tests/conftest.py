@@ -179,7 +179,8 @@ def finished(
     shutil.copytree(pico_source, folder)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     recipe |= {"cluster": {"scheduler": dask_scheduler}, "search": {"per": "type", "trials": 5}}
-    recipe["evaluation"]["compare"] = ["average"]
+    # RegMean reads Gram matrices, which nothing else here does.
+    recipe["evaluation"]["compare"] = ["average", "regmean"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return folder, store, bmm.merge(bmm.Recipe.from_yaml(folder / "recipe.yaml"), store=store)
 

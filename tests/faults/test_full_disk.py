@@ -165,16 +165,16 @@ def test_files_too_large_for_the_store(
     layout = max(path.stat().st_size for path in (finished[1] / "artefacts" / "layout").rglob("*.json"))
     before = tree(small)
     words = ("merge", small / "recipe.yaml", "--no-server", "--store", store)
-    # Enough for all that comes before the Grams, too little for one shard; it strikes in the workers.
+    # Enough for all that comes before the anchor, whose Gram matrices lie in small files, too little for its weights.
     answer = real_bmm(*words, **limited(layout + 1000))
     assert_refused(answer, store)
     assert tree(small) == before
-    assert records(store, "stage-task-vectors")
-    assert not records(store, "gram-shard")
+    assert records(store, "stage-grams")
+    assert not records(store, "anchor")
     assert_no_halves(store)
     change(small, lambda recipe: recipe.update(cluster={"scheduler": scheduler}))
     states = bmm(*words, "--json").states()
-    assert [name for name in STAGES if states[name] == "cached"] == ["experts", "task-vectors"]
+    assert [name for name in STAGES if states[name] == "cached"] == ["experts", "task-vectors", "grams"]
     assert model_files(small / "merged") == model_files(finished[0] / "merged")
 
 

@@ -9,7 +9,9 @@ from transformers import AutoModel, T5Config, T5ForSequenceClassification, T5Mod
 from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.comparison import compare
 from bmm.checkpoint.reader import Checkpoint
+from bmm.prediction import StoredWeights
 from bmm.sources import fingerprint_model
+from bmm.stages.anchor import published_dtypes
 from bmm.stages.publish import _head_config, _write_weights
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
@@ -38,15 +40,16 @@ def test_the_output_stores_a_tied_parameter_under_the_names_that_the_base_stores
         asked = Request("publish", {"search": search.to_json()}, {"dtype": "base", "max_shard_size": "1GiB"})
         output = tmp_path / "output"
         output.mkdir()
-        _write_weights(work, asked, setup, base, output)
+        merged = StoredWeights(work.read(search))
+        _write_weights(asked, setup, base, output, merged, published_dtypes(setup, None))
     written = load_file(output / "model.safetensors")
-    merged = load_file(work.read(search).file("model.safetensors"))
+    wanted = load_file(work.read(search).file("model.safetensors"))
     assert written.keys() == load_file(file).keys()
     for name in ("shared.weight", "encoder.embed_tokens.weight"):
-        assert torch.equal(written[name], merged["shared.weight"])
+        assert torch.equal(written[name], wanted["shared.weight"])
     (output / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
     model = AutoModel.from_pretrained(output)
-    assert torch.equal(model.decoder.embed_tokens.weight, merged["shared.weight"])
+    assert torch.equal(model.decoder.embed_tokens.weight, wanted["shared.weight"])
 
 
 def test_a_heads_configuration_says_nothing_of_the_machine_that_trained_it() -> None:
