@@ -17,9 +17,11 @@ from bmm.errors import ArtefactDamagedError
 from bmm.publication import export
 from bmm.recipe import Recipe
 from bmm.requests import Requests
+from bmm.runs import keep_run
 from bmm.sources import Inputs, fingerprint_inputs
 from bmm.stages.request import Request, Result, Stage, Work, perform
-from bmm.store import Store
+from bmm.store import Reference, Store
+from bmm.stores.at_work import at_work
 
 STAGES = ("experts", "task-vectors", "grams", "anchor", "search", "evaluate", "publish")
 _ANCHOR_ALONE = ("experts", "publish")
@@ -39,6 +41,8 @@ class Merge:
     output: Path
     document: dict[str, Any]
     results: dict[str, Result]
+    record: Reference | None
+    """What the store keeps of it (`bmm.runs`); None where the store may only be read."""
 
     @property
     def share_of_experts(self) -> float | None:
@@ -70,12 +74,13 @@ def merge(recipe: Recipe, *, store: str | PathLike[str] | None = None, fresh: bo
 def run(recipe: Recipe, store: Store, execute: Execute, *, inputs: Inputs | None = None) -> Merge:
     """Run every stage through `execute`, then write the output folder."""
     inputs = inputs or fingerprint_inputs(recipe)
-    results = run_stages(recipe, inputs, store, execute, stages_of(recipe))
-    work = Work(store)
-    document = build_document(recipe, inputs, results, work)
-    output = recipe.resolve(recipe.output)
-    export(work.read(results["publish"].reference("model")), document, output)
-    return Merge(output, document, results)
+    with at_work(store):
+        results = run_stages(recipe, inputs, store, execute, stages_of(recipe))
+        work = Work(store)
+        document = build_document(recipe, inputs, results, work)
+        output = recipe.resolve(recipe.output)
+        export(work.read(results["publish"].reference("model")), document, output)
+        return Merge(output, document, results, keep_run(store, document, results))
 
 
 def run_stages(

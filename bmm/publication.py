@@ -44,7 +44,7 @@ def export(artefact: Artefact, document: Mapping[str, Any], output: Path) -> Non
     with replacing(output) as folder, explained(output):
         ignored = shutil.ignore_patterns(MANIFEST)
         shutil.copytree(artefact.path, folder, dirs_exist_ok=True, ignore=ignored, copy_function=_place)
-        for name, text in _told(document).items():
+        for name, text in told(document).items():
             (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -84,11 +84,12 @@ def rewrite_report(output: Path, document: Mapping[str, Any]) -> None:
     """
     check_allowed(output, "the output folder")
     with explained(output):
-        for name, text in _told(document).items():
+        for name, text in told(document).items():
             _replace_file(output / name, text)
 
 
-def _told(document: Mapping[str, Any]) -> dict[str, str]:
+def told(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return what lies beside a merged model and tells of its run: texts by the names of their files."""
     return {
         "merge.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": report_page(document),

@@ -90,7 +90,10 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a listing; `path` is the artefact's folder, or that of its copy on this machine."""
+    """One line of a listing; `path` is the artefact's folder, or that of its copy on this machine.
+
+    The manifest is as it was found, unchecked, and empty where it cannot be read.
+    """
 
     kind: str
     key: str
@@ -98,6 +101,7 @@ class Entry:
     made: float
     used: float
     path: Path
+    manifest: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def artefact_key(kind: str, version: int, inputs: Any, settings: Any) -> str:
@@ -247,16 +251,34 @@ class Store(ABC):
         """Return every artefact, whether it is whole or not, by kind and key."""
 
     @abstractmethod
+    def keys(self, kind: str) -> list[str]:
+        """Return the keys of one kind, in order, whether the artefacts are whole or not."""
+
+    @abstractmethod
+    def living(self, kind: str) -> list[str]:
+        """Return the keys of one kind whose locks somebody holds, and forget the locks that the dead have left."""
+
+    @abstractmethod
     def verify(self) -> list[tuple[Entry, str]]:
         """Read every artefact and return those that are damaged, each with what is wrong."""
 
     @abstractmethod
-    def discard(self, kind: str, key: str) -> bool:
-        """Remove the artefact with this key, if it is there and nobody is at work on it; return whether it went."""
+    def discard(self, kind: str, key: str, *, used_since: float | None = None) -> bool:
+        """Remove the artefact with this key, if it is there and nobody is at work on it; return whether it went.
+
+        Args:
+            kind: of the artefact.
+            key: of the artefact.
+            used_since: leave it, if it was used after that time (seconds since 1970).
+        """
 
     @abstractmethod
     def remove_leftovers(self) -> int:
         """Remove what killed runs have left of artefacts; return how many pieces of work that was."""
+
+    @abstractmethod
+    def remove_progress(self, before: float) -> int:
+        """Remove the progress of artefacts that nobody has worked on since a time; return how many."""
 
     def remove_uploads(self) -> int:
         """Remove what killed runs have left where others can see it; return how many files."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from bmm.reachable import USED
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 
 VERSION = 1
@@ -85,6 +86,7 @@ class Work:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.made = 0
+        self._used: dict[tuple[str, str], None] = {}
 
     def obtain(
         self, kind: str, inputs: Any, make: Callable[[Draft], None], *, settings: Any = None, version: int = VERSION
@@ -92,9 +94,24 @@ class Work:
         """Return the artefact made from these inputs and settings, made now if it is not there."""
         key = artefact_key(kind, version, inputs, settings)
         describe = {"inputs": inputs, "settings": settings, "version": version}
-        reference, cached = self.store.obtain(kind, key, make, describe=describe)
+
+        def noting(draft: Draft) -> None:
+            outer, self._used = self._used, {}
+            try:
+                make(draft)
+                if self._used:
+                    draft.provenance[USED] = self.used()
+            finally:
+                self._used = outer
+
+        reference, cached = self.store.obtain(kind, key, noting, describe=describe)
+        self._used[kind, key] = None
         self.made += not cached
         return reference
+
+    def used(self) -> list[dict[str, str]]:
+        """Return kinds and keys of what was obtained so far, while this artefact is made or at all."""
+        return [{"kind": kind, "key": key} for kind, key in self._used]
 
     def read(self, reference: Reference | Mapping[str, str]) -> Artefact:
         """Return a verified artefact, by reference or by a reference's JSON."""
@@ -120,10 +137,12 @@ def perform(load_stage: Callable[[], Stage], store: Store, request: Request) -> 
         return known
     work = Work(store)
     outputs = load_stage()(work, request)
+    describe = {"inputs": dict(request.inputs), "settings": dict(request.settings), USED: work.used()}
     store.obtain(
         f"stage-{request.stage}",
         request.key,
         lambda draft: draft.write_json(_OUTPUTS, outputs),
+        describe=describe,
         replace=bool(work.made),
     )
     seconds = time.perf_counter() - started

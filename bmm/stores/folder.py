@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +22,10 @@ from bmm.digest import digest_file
 from bmm.disk import explained, sync
 from bmm.errors import ArtefactDamagedError
 from bmm.store import Artefact, Draft, Entry, Reference
-from bmm.stores.manifest import MANIFEST, files_of, made_at, manifest_text, read_manifest
+from bmm.stores.manifest import MANIFEST, files_of, made_at, manifest_text, read_manifest, unchecked
+
+_SETTLED_SECONDS = 60.0
+"""A lock file so young may be one that its maker is about to take."""
 
 
 class Folder:
@@ -89,10 +93,19 @@ class Folder:
             manifest = path / MANIFEST
             size = sum((path / name).stat().st_size for name in files_of(path))
             state = (manifest if manifest.exists() else path).stat()
-            text = manifest.read_text(encoding="utf-8", errors="replace") if manifest.exists() else ""
-            made = made_at(text, state.st_mtime)
-            found.append(Entry(path.parent.name, path.name, size, made, state.st_mtime, path))
+            said = unchecked(manifest.read_text(encoding="utf-8", errors="replace")) if manifest.exists() else {}
+            made = made_at(said, state.st_mtime)
+            found.append(Entry(path.parent.name, path.name, size, made, state.st_mtime, path, said))
         return found
+
+    def keys(self, kind: str) -> list[str]:
+        """Return the keys of one kind, in order."""
+        return sorted(path.name for path in (self.root / "artefacts" / kind).glob("*"))
+
+    def used(self, kind: str, key: str) -> float:
+        """Return when an artefact was last used, in seconds since 1970; 0 if there is none."""
+        manifest = self.place(kind, key) / MANIFEST
+        return manifest.stat().st_mtime if manifest.exists() else 0.0
 
     # -- making ----------------------------------------------------------------------------------------------
 
@@ -165,6 +178,18 @@ class Folder:
         finally:
             lock.release()
 
+    def living(self, kind: str) -> list[str]:
+        """Return the keys of one kind whose locks somebody holds, and forget the locks of the dead."""
+        held = []
+        for file in sorted((self.root / "locks").glob(f"{kind}-*.lock")):
+            key = file.name.removeprefix(f"{kind}-").removesuffix(".lock")
+            with self.locked_if_free(kind, key) as free:
+                if not free:
+                    held.append(key)
+                elif file.stat().st_mtime < time.time() - _SETTLED_SECONDS:
+                    file.unlink(missing_ok=True)
+        return held
+
     # -- clearing up -----------------------------------------------------------------------------------------
 
     def remove(self, kind: str, key: str) -> None:
@@ -181,6 +206,17 @@ class Folder:
             kind, _, key = left.name.removesuffix("-replaced").rsplit("-", 1)[0].rpartition("-")
             with self.locked_if_free(kind, key) as free:
                 if free:
+                    shutil.rmtree(left, ignore_errors=True)
+                    removed += 1
+        return removed
+
+    def remove_progress(self, before: float) -> int:
+        """Remove the progress of artefacts that nobody has worked on since a time; return how many."""
+        removed = 0
+        for left in sorted((self.root / "progress").glob("*")):
+            kind, _, key = left.name.rpartition("-")
+            with self.locked_if_free(kind, key) as free:
+                if free and max(path.stat().st_mtime for path in (left, *left.rglob("*"))) < before:
                     shutil.rmtree(left, ignore_errors=True)
                     removed += 1
         return removed

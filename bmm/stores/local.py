@@ -53,6 +53,14 @@ class LocalStore(Store):
         """Return every artefact, whether it is whole or not, by kind and key."""
         return self._folder.entries()
 
+    def keys(self, kind: str) -> list[str]:
+        """Return the keys of one kind, in order."""
+        return self._folder.keys(kind)
+
+    def living(self, kind: str) -> list[str]:
+        """Return the keys of one kind whose locks somebody holds."""
+        return self._folder.living(kind)
+
     def verify(self) -> list[tuple[Entry, str]]:
         """Read every artefact and return those that are damaged, each with what is wrong."""
         damaged = []
@@ -66,18 +74,23 @@ class LocalStore(Store):
                 damaged.append((entry, f"the {entry.kind} artefact {entry.key[:12]} has lost its manifest"))
         return damaged
 
-    def discard(self, kind: str, key: str) -> bool:
+    def discard(self, kind: str, key: str, *, used_since: float | None = None) -> bool:
         """Remove the artefact with this key, if it is there and nobody is at work on it."""
         if not self._folder.place(kind, key).exists():
             return False
         with self._folder.locked_if_free(kind, key) as free:
-            if free:
+            goes = free and (used_since is None or self._folder.used(kind, key) <= used_since)
+            if goes:
                 self._folder.remove(kind, key)
-        return free
+        return goes
 
     def remove_leftovers(self) -> int:
         """Remove drafts whose makers are dead; return how many."""
         return self._folder.remove_leftovers()
+
+    def remove_progress(self, before: float) -> int:
+        """Remove the progress of artefacts that nobody has worked on since a time; return how many."""
+        return self._folder.remove_progress(before)
 
     @contextmanager
     def locked(self, kind: str, key: str) -> Iterator[None]:

@@ -93,10 +93,18 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     return manifest
 
 
-def made_at(text: str, fallback: float) -> float:
-    """Return when an artefact was made, by its manifest's text if that can be read."""
+def unchecked(text: str) -> dict[str, Any]:
+    """Return what a manifest's text says, whether or not it is what was written; nothing, if it cannot be read."""
     try:
-        return float(json.loads(text)["provenance"]["made_at"])
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return {}
+
+
+def made_at(manifest: Mapping[str, Any], fallback: float) -> float:
+    """Return when an artefact was made, if its manifest says so."""
+    try:
+        return float(manifest["provenance"]["made_at"])
     except (ValueError, KeyError, TypeError):
         return fallback
 

@@ -37,7 +37,7 @@ from bmm.stores.bucket import HASTE_SECONDS, Blob, Bucket, Listed, each
 from bmm.stores.copies import Copies, prefix_of
 from bmm.stores.folder import Folder
 from bmm.stores.lease import Leases
-from bmm.stores.manifest import MANIFEST, made_at, manifest_text, parse_manifest
+from bmm.stores.manifest import MANIFEST, made_at, manifest_text, parse_manifest, unchecked
 from bmm.stores.refusals import StoreUnreachableError
 
 LEFTOVER_SECONDS = 86400.0
@@ -220,12 +220,31 @@ class ObjectStore(Store):
             blob = self._bucket.read(objects[MANIFEST].path)
             if blob is None:
                 return None
-            made = made_at(blob.content.decode("utf-8", "replace"), blob.modified)
+            said = unchecked(blob.content.decode("utf-8", "replace"))
             size = sum(one.bytes for one in objects.values())
-            return Entry(kind, key, size, made, blob.modified, self._folder.place(kind, key))
+            place = self._folder.place(kind, key)
+            return Entry(kind, key, size, made_at(said, blob.modified), blob.modified, place, said)
 
         listed = [item for item in self._listed().items() if MANIFEST in item[1]]
         return [one for one in each(entry, listed) if one is not None]
+
+    def keys(self, kind: str) -> list[str]:
+        """Return the keys of one kind that have a manifest, in order."""
+        names = (one.path.split("/") for one in self._bucket.list(f"artefacts/{kind}"))
+        return sorted(parts[2] for parts in names if parts[3:] == [MANIFEST])
+
+    def living(self, kind: str) -> list[str]:
+        """Return the keys of one kind whose locks somebody holds, here or elsewhere; forget those of the dead."""
+        start, end = f"leases/{kind}-", ".json"
+        found = [one.path for one in self._bucket.list("leases") if one.path.startswith(start)]
+        held = self._folder.living(kind)
+        for key in (path.removeprefix(start).removesuffix(end) for path in found):
+            if key in held:
+                continue
+            with self._lease().held_if_free(f"{kind}-{key}") as free:
+                if not free:
+                    held.append(key)
+        return sorted(held)
 
     def verify(self) -> list[tuple[Entry, str]]:
         """Read every artefact in the bucket and return those that are damaged, each with what is wrong."""
@@ -253,10 +272,11 @@ class ObjectStore(Store):
         answers = each(good, list(manifest["files"].values()))
         return [name for name, whole in zip(manifest["files"], answers, strict=True) if not whole]
 
-    def discard(self, kind: str, key: str) -> bool:
+    def discard(self, kind: str, key: str, *, used_since: float | None = None) -> bool:
         """Remove the artefact with this key, if it is there and nobody is at work on it, here or elsewhere."""
         prefix = prefix_of(kind, key)
-        if self._bucket.read(f"{prefix}/{MANIFEST}") is None:
+        blob = self._bucket.read(f"{prefix}/{MANIFEST}")
+        if blob is None or (used_since is not None and blob.modified > used_since):
             return False
         with self._folder.locked_if_free(kind, key) as free_here:
             if not free_here:
@@ -272,6 +292,10 @@ class ObjectStore(Store):
     def remove_leftovers(self) -> int:
         """Remove drafts on this machine whose makers are dead; return how many."""
         return self._folder.remove_leftovers()
+
+    def remove_progress(self, before: float) -> int:
+        """Remove the progress, on this machine, that nobody has worked on since a time; return how many."""
+        return self._folder.remove_progress(before)
 
     def remove_uploads(self) -> int:
         """Remove files in the bucket that no manifest names, a day after they came, and leases of the dead."""
