@@ -1,26 +1,24 @@
-"""The `bmm` command: words in, exit codes out.
+"""The `bmm` command: words in, exit codes out (`flows.running`).
 
-0 done, 1 failed, 2 the user's mistake (one sentence, no traceback). Results go to standard output, as text for people
-or, with `--json`, as one JSON document; progress and notes go to standard error. What a command does is in
-`flows.commands`, imported when it is called, so that `bmm --help` answers at once.
+What a command does is in `flows.commands`, imported when it is called, so that `bmm --help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from bmm.errors import BMMError, UserError
-from flows import prefect_settings
-from flows.console import shown
+from bmm.errors import UserError
+from flows import store_cli
+from flows.running import JsonOption, StoreOption
+from flows.running import err as _err
+from flows.running import out as _out
+from flows.running import run as _run
 
 app = typer.Typer(
     name="bmm",
@@ -30,28 +28,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-store_app = typer.Typer(help="Look after the artefact store, where finished work is kept.", no_args_is_help=True)
-app.add_typer(store_app, name="store")
+app.add_typer(store_cli.app, name="store")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe's YAML file", show_default=False)]
-StoreOption = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        metavar="DIR|s3://…",
-        help="the artefact store, a folder or s3://bucket/prefix (default: BMM_STORE, else the user's cache folder)",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 FreshOption = Annotated[
     bool, typer.Option("--fresh/--resume", help="compute every stage anew, or take up what is finished (the default)")
 ]
 ServerOption = Annotated[
     bool, typer.Option("--server/--no-server", help="run as a Prefect flow, or in this process without Prefect")
 ]
-
-_out = Console()
-_err = Console(stderr=True)
 
 
 @app.command()
@@ -258,66 +243,29 @@ def schema(as_json: JsonOption = True) -> None:  # noqa: ARG001 - a schema is JS
     _run(work, True, lambda _: None)
 
 
-@store_app.command(name="ls")
-def store_ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """List the artefacts: kind, key, size, age and when last used."""
-
-    def work() -> dict[str, Any]:
-        from flows import commands
-
-        return commands.store_list(store)
-
-    def show(found: dict[str, Any]) -> None:
-        from flows.show import store_table
-
-        _out.print(store_table(found))
-
-    _run(work, as_json, show)
-
-
-@store_app.command(name="verify")
-def store_verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Read every artefact and name the damaged ones; exit 1 if there are any. The next merge makes them again."""
-
-    def work() -> dict[str, Any]:
-        from flows import commands
-
-        return commands.store_verify(store)
-
-    def show(found: dict[str, Any]) -> None:
-        for entry in found["damaged"]:
-            _out.print(f"[red]damaged[/red] {escape(entry['reason'])}", soft_wrap=True)
-        _out.print(f"{found['checked']} artefacts checked, {len(found['damaged'])} damaged.")
-
-    _run(work, as_json, show, failed=lambda found: bool(found["damaged"]))
-
-
-@store_app.command(name="prune")
-def store_prune(
-    older_than: Annotated[
-        float, typer.Option(metavar="DAYS", min=0, help="remove what was last used longer ago")
-    ] = 30.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
-    copies: Annotated[
-        bool, typer.Option("--copies", help="of an object store: only this machine's copies, nothing in the bucket")
+@app.command()
+def track(
+    any_tracker: Annotated[
+        bool, typer.Option("--any-tracker", help="also the records that were meant for another MLflow address")
     ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove artefacts that were not used for a while, and what killed runs left behind."""
+    """Log to MLflow the merges that could not be logged when they ended; exit 1 if it does not answer."""
 
     def work() -> dict[str, Any]:
         from flows import commands
 
-        return commands.store_prune(store, older_than, dry_run=dry_run, copies=copies)
+        return commands.track(store, any_tracker=any_tracker)
 
     def show(found: dict[str, Any]) -> None:
-        verb = "would remove" if dry_run else "removed"
-        _out.print(f"{verb} {found['artefacts']} artefacts, {found['bytes'] / 2**20:.1f} MiB")
-        if found["copies"]:
-            _out.print(f"{verb} {found['copies']} copies on this machine, {found['copy_bytes'] / 2**20:.1f} MiB")
+        _out.print(f"{len(found['sent'])} records sent to {escape(found['tracker'])}", soft_wrap=True)
+        for one in found["waiting"]:
+            _out.print(f"  waiting for {escape(one['tracker'])}: the merge {one['run'][:12]}", soft_wrap=True)
+        if found["error"]:
+            _err.print(f"[red]bmm:[/red] {escape(found['error'])}", soft_wrap=True, highlight=False)
 
-    _run(work, as_json, show)
+    _run(work, as_json, show, failed=lambda found: bool(found["error"]))
 
 
 def _show_merge(found: dict[str, Any]) -> None:
@@ -326,39 +274,6 @@ def _show_merge(found: dict[str, Any]) -> None:
     document = json.loads((Path(found["output"]) / "merge.json").read_text(encoding="utf-8"))
     for part in merge_summary(found, document):
         _out.print(part, soft_wrap=isinstance(part, str))
-
-
-def _run(
-    work: Callable[[], dict[str, Any]],
-    as_json: bool,
-    show: Callable[[dict[str, Any]], None],
-    failed: Callable[[dict[str, Any]], bool] = lambda _: False,
-) -> None:
-    """Do a command's work with progress shown, print what it found, and exit with the right code."""
-    prefect_settings.set_defaults()
-    try:
-        with shown(_err, quiet=as_json):
-            found = work()
-        if as_json:
-            sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        else:
-            show(found)
-    except UserError as error:
-        _fail(str(error), 2, as_json)
-    except (BMMError, FloatingPointError, MemoryError, OSError) as error:
-        _fail(str(error) or type(error).__name__, 1, as_json)
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again to carry on where it stopped", 1, as_json)
-    if failed(found):
-        raise typer.Exit(1)
-
-
-def _fail(message: str, code: int, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False) + "\n")
-    else:
-        _err.print(f"[red]bmm:[/red] {escape(message)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(code)
 
 
 def main() -> None:

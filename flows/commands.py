@@ -40,7 +40,7 @@ def plan(path: Path, store: str | None, *, fresh: bool) -> dict[str, Any]:
     from bmm.sources import fingerprint_inputs
 
     recipe = _recipe(path)
-    made = make_plan(recipe, fingerprint_inputs(recipe), _opened(store, fresh=fresh))
+    made = make_plan(recipe, fingerprint_inputs(recipe), opened_store(store, fresh=fresh))
     require_fit(made, recipe)
     return made.to_json()
 
@@ -76,7 +76,7 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
 
     started = time.perf_counter()
     recipe = _recipe(path)
-    opened = _opened(store, fresh=fresh)
+    opened = opened_store(store, fresh=fresh)
     # Everything that can be refused without work is refused here, before a server or a worker starts.
     require_fit(make_plan(recipe, fingerprint_inputs(recipe), opened), recipe)
     outcome = _merge_with_prefect(recipe, opened) if server else _merge_here(recipe, opened)
@@ -90,6 +90,7 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
         "stages": merged.document["stages"],
         "mlflow": asdict(tracked) if tracked else None,
         "mlflow_error": outcome.tracking_error,
+        "mlflow_sent_later": outcome.sent_later,
     }
 
 
@@ -132,14 +133,16 @@ def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = N
     from bmm.grams.store import GramReader
     from bmm.pipeline import perform_here, run_stages
     from bmm.sources import fingerprint_inputs
+    from bmm.stores.at_work import at_work
 
     recipe = _recipe(path)
     if output is not None:
         for name in (expert.name for expert in recipe.experts):
             check_target(output / name)
-    opened = _opened(store, fresh=fresh)
+    opened = opened_store(store, fresh=fresh)
     stages = ("experts", "task-vectors", "grams")
-    results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, stages, grams=True)
+    with at_work(opened):
+        results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, stages, grams=True)
     experts = []
     for expert in recipe.experts:
         reference = results["grams"].reference("experts", expert.name)
@@ -182,6 +185,7 @@ def evaluate(
     from bmm.sources import fingerprint_inputs, fingerprint_model
     from bmm.stages.evaluate import evaluate_checkpoint
     from bmm.stages.request import Work
+    from bmm.stores.at_work import at_work
 
     if samples is None and seed is not None:
         raise UserError("--seed is that of the drawn models; give --samples too, or leave it out")
@@ -189,14 +193,15 @@ def evaluate(
     inputs = fingerprint_inputs(recipe, check_output_folder=False)
     folder = Path.cwd() if os.path.exists(model) else recipe.folder
     found = fingerprint_model(model, folder, "MODEL", inputs.base)
-    opened = _opened(store)
+    opened = opened_store(store)
     drawn: dict[str, Any] = {}
     if samples is not None:
         # First, since it can refuse.
         drawn["samples"] = _sampled(recipe, inputs, opened, found, split, samples, seed)
         drawn["samples"]["figure"] = str(_draw_reliability(drawn["samples"], split, Path(found.path)))
-    results = run_stages(recipe, inputs, opened, perform_here, ("experts",))
-    return {**evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split), **drawn}
+    with at_work(opened):
+        results = run_stages(recipe, inputs, opened, perform_here, ("experts",))
+        return {**evaluate_checkpoint(Work(opened), recipe, inputs, results, found, split), **drawn}
 
 
 def _sampled(
@@ -251,7 +256,7 @@ def report(run: Path, store: str | None) -> dict[str, Any]:
 
     recipe = _recipe(run)
     inputs = fingerprint_inputs(recipe)
-    opened = _opened(store)
+    opened = opened_store(store)
     results = cached_results(recipe, inputs, opened)
     missing = [stage for stage in stages_of(recipe) if stage not in results]
     if missing:
@@ -262,46 +267,33 @@ def report(run: Path, store: str | None) -> dict[str, Any]:
     return {"output": str(output), "report": str(output / "report.html")}
 
 
-def store_list(store: str | None) -> dict[str, Any]:
-    """List the artefacts."""
-    opened = _opened(store)
-    entries = [
-        {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "made": entry.made, "used": entry.used}
-        for entry in opened.entries()
-    ]
-    return {"store": opened.location, "artefacts": entries, "bytes": sum(entry["bytes"] for entry in entries)}
+def track(store: str | None, *, any_tracker: bool) -> dict[str, Any]:
+    """Log to MLflow the merges that could not be logged when they ended."""
+    from tasks import unsent
+    from tasks.addresses import without_credentials
+    from tasks.tracking import TrackingError, track_run, tracking_uri
+
+    opened = opened_store(store)
+    uri = without_credentials(tracking_uri(opened))
+    found: dict[str, Any] = {"store": opened.location, "tracker": uri, "error": None}
+    before = unsent.waiting(opened)
+    try:
+        unsent.send(opened, None if any_tracker else uri, track_run)
+    except TrackingError as error:
+        found["error"] = str(error)
+    left = unsent.waiting(opened)
+    keys = {one.key for one in left}
+    found["sent"] = [one.run.key for one in before if one.key not in keys]
+    found["waiting"] = [{"run": one.run.key, "tracker": one.uri, "since": one.since} for one in left]
+    return found
 
 
-def store_verify(store: str | None) -> dict[str, Any]:
-    """Read every artefact and name the damaged ones."""
-    opened = _opened(store)
-    damaged = [
-        {"kind": entry.kind, "key": entry.key, "path": str(entry.path), "reason": reason}
-        for entry, reason in opened.verify()
-    ]
-    return {"store": opened.location, "checked": len(opened.entries()), "damaged": damaged}
+def opened_store(store: str | None, *, fresh: bool = False) -> Store:
+    """Open the store, and make sure that it answers.
 
-
-def store_prune(store: str | None, older_than_days: float, *, dry_run: bool, copies: bool) -> dict[str, Any]:
-    """Remove what was not used for a while, and what killed runs left; or this machine's copies of it alone."""
-    opened = _opened(store)
-    before = time.time() - older_than_days * 86400
-    old = [] if copies else [entry for entry in opened.entries() if entry.used < before]
-    removed = old if dry_run else [entry for entry in old if opened.discard(entry.kind, entry.key)]
-    leftovers = 0 if dry_run else opened.remove_leftovers() + (0 if copies else opened.remove_uploads())
-    number, size = opened.remove_copies(before, dry_run=dry_run)
-    return {
-        "store": opened.location,
-        "artefacts": len(removed),
-        "bytes": sum(entry.bytes for entry in removed),
-        "leftovers": leftovers,
-        "copies": number,
-        "copy_bytes": size,
-    }
-
-
-def _opened(store: str | None, *, fresh: bool = False) -> Store:
-    """Open the store, and make sure that it answers."""
+    Raises:
+        OutputError: it cannot be used.
+    """
     opened = Store.open(store, fresh=fresh)
     opened.check()
     return opened

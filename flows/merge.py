@@ -38,5 +38,7 @@ def merge_flow(recipe: dict[str, Any], folder: str, store: str, fresh: bool = Fa
     show_summary(merged)
     outcome = track_or_explain(opened, merged, enabled=asked.tracking.enabled, log=track_merge)
     if outcome.tracking_error:
-        get_run_logger().warning("the merge was not logged to MLflow: %s", outcome.tracking_error)
+        get_run_logger().warning("not everything was logged to MLflow: %s", outcome.tracking_error)
+    if outcome.sent_later:
+        get_run_logger().info("%d records of earlier merges were logged to MLflow", outcome.sent_later)
     return outcome

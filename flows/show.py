@@ -28,7 +28,9 @@ def merge_summary(found: Mapping[str, Any], document: Mapping[str, Any]) -> list
     ]
     if found["mlflow"]:
         lines.append(f"[bold]mlflow[/bold]  run {found['mlflow']['run_id']} at {escape(found['mlflow']['uri'])}")
-    elif found["mlflow_error"]:
+        if found["mlflow_sent_later"]:
+            lines.append(f"        and records of {found['mlflow_sent_later']} earlier merges that had waited")
+    if found["mlflow_error"]:
         lines.append(
             f"[yellow]mlflow[/yellow]  not logged ({escape(found['mlflow_error'])}); the next merge tries again"
         )
@@ -169,6 +171,30 @@ def store_table(found: Mapping[str, Any]) -> Table:
             entry["kind"], entry["key"][:12], readable_bytes(entry["bytes"]), _ago(entry["made"]), _ago(entry["used"])
         )
     return table
+
+
+def pruned_summary(found: Mapping[str, Any], *, dry_run: bool) -> list[RenderableType]:
+    """Return what pruning removed, or would remove, by kind, and what stays."""
+    verb = "would remove" if dry_run else "removed"
+    parts: list[RenderableType] = []
+    if found.get("kinds"):
+        table = _table("")
+        for name in ("kind", "artefacts", "size"):
+            table.add_column(name, justify="left" if name == "kind" else "right")
+        for kind, gone in found["kinds"].items():
+            table.add_row(kind, str(gone["artefacts"]), readable_bytes(gone["bytes"]))
+        parts.append(table)
+    parts.append(f"{verb} {found['artefacts']} artefacts, {readable_bytes(found['bytes'])}")
+    if "left_bytes" in found:
+        parts.append(
+            f"{readable_bytes(found['left_bytes'])} stay; {found['protected']} artefacts are protected "
+            f"({len(found['models'])} models of the registry, runs at work, records to be sent)"
+        )
+        if found["over_bytes"]:
+            parts.append(f"that is {readable_bytes(found['over_bytes'])} more than --max-bytes: the rest is protected")
+    if found["copies"]:
+        parts.append(f"{verb} {found['copies']} copies on this machine, {readable_bytes(found['copy_bytes'])}")
+    return parts
 
 
 def _table(caption: str) -> Table:

@@ -1,7 +1,7 @@
-"""The MLflow record of a merge: a parent run, a child for each trial, made from the finished artefacts.
+"""The MLflow record of a merge: a parent run, a child for each trial, made from what the store keeps of the merge.
 
-Logged after the fact and found again by the model's digest, so that a repeated merge adds nothing, and a merge whose
-tracker could not be reached is logged by the next run of the same recipe.
+Logged after the fact and found again by the model's digest, so that a repeated merge adds nothing. What could not be
+logged because nobody answered is `tasks.unsent`'s.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from filelock import FileLock
 
 from bmm.disk import explained
-from bmm.errors import BMMError
+from bmm.errors import ArtefactDamagedError, BMMError
 from bmm.pipeline import Merge
 from bmm.progress import progress
+from bmm.publication import told
 from bmm.report.figures import figures, png
-from bmm.store import Store
+from bmm.runs import Run
+from bmm.store import Artefact, Store
+from tasks import unsent
 from tasks.addresses import without_credentials
 
 _CHILD_OF = "mlflow.parentRunId"
-_MODEL_TAG = "bmm.model_digest"
+MODEL_TAG = "bmm.model_digest"
 _RECIPE_TAG = "bmm.recipe_digest"
 
 
@@ -47,28 +49,53 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished merge and where it was logged; `tracking_error` says why it was not."""
+    """A finished merge and where it was logged; `tracking_error` says why it was not.
+
+    `sent_later` are records of earlier merges that could be logged only now.
+    """
 
     merge: Merge
     tracked: Tracked | None
     tracking_error: str | None = None
+    sent_later: int = 0
 
 
 def track_or_explain(
     store: Store, merge: Merge, *, enabled: bool, log: Callable[[Store, Merge], Tracked] | None = None
 ) -> Outcome:
-    """Log a merge; a tracker that fails costs nothing but the record, which the next run of the recipe writes."""
+    """Log a merge, and those that wait to be logged; a tracker that fails costs nothing, and its record waits too."""
     if not enabled:
         return Outcome(merge, None)
+    uri = without_credentials(tracking_uri(store))
     try:
-        return Outcome(merge, (log or track)(store, merge))
+        kept = unsent.put(store, merge.record, uri) if merge.record else None
+        tracked = (log or track)(store, merge)
+        if kept is not None:
+            unsent.remove(store, kept)
     except Exception as error:
-        return Outcome(merge, None, _reason(error))
+        return Outcome(merge, None, reason_of(error))
+    try:
+        return Outcome(merge, tracked, sent_later=unsent.send(store, uri, track_run))
+    except BMMError as error:
+        # This merge's own record is there.
+        return Outcome(merge, tracked, f"records of earlier merges still wait: {reason_of(error)}")
 
 
 def tracking_uri(store: Store) -> str:
     """Return `MLFLOW_TRACKING_URI`, else a sqlite file inside the store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root / 'mlflow' / 'mlflow.db'}"
+
+
+def quiet_mlflow() -> None:
+    """Set what MLflow shall be like where nobody has; call it before anything asks it for something."""
+    # A server that does not answer must not hold up a night's work for the hours of MLflow's own default.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Standard output holds results only, and the address may have a password in it.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # A new sqlite file is no news to somebody who waits for a merge.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
 def track(store: Store, merge: Merge) -> Tracked:
@@ -77,30 +104,32 @@ def track(store: Store, merge: Merge) -> Tracked:
     Raises:
         TrackingError: the tracking server refuses or cannot be reached.
     """
-    digest = merge.results["publish"].reference("model").digest
+    return track_run(store, Run(merge.document, merge.results["publish"].reference("model")))
+
+
+def track_run(store: Store, run: Run) -> Tracked:
+    """Log a merge to MLflow, unless it is logged already; all that is needed comes from the store.
+
+    Raises:
+        ArtefactDamagedError: the store has lost the model.
+        TrackingError: the tracking server refuses or cannot be reached.
+    """
     try:
-        with explained(store.root):
-            (store.root / "locks").mkdir(parents=True, exist_ok=True)
         # Two runs of one recipe end at the same moment: the second must not take the first's record for a dead one.
-        with FileLock(store.root / "locks" / f"tracking-{digest}.lock"):
-            return _track(store, merge, digest)
+        with store.locked("tracking", run.model.digest):
+            return _track(store, run)
+    except ArtefactDamagedError:
+        raise
     except Exception as error:
         # MLflow's errors quote the whole URI; nothing that follows (a log, a state, a traceback) may show a password.
-        raise TrackingError(_reason(error)) from None
+        raise TrackingError(reason_of(error)) from None
 
 
-def _track(store: Store, merge: Merge, digest: str) -> Tracked:
-    # A server that does not answer must not hold up a night's work for the hours of MLflow's own default.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Standard output holds results only, and the address may have a password in it.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+def _track(store: Store, run: Run) -> Tracked:
+    quiet_mlflow()
     from mlflow import MlflowClient
 
-    # A new sqlite file is no news to somebody who waits for a merge.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    document = merge.document
+    document = run.document
     uri = tracking_uri(store)
     local = uri.startswith("sqlite:")
     if local:
@@ -109,20 +138,20 @@ def _track(store: Store, merge: Merge, digest: str) -> Tracked:
     client = MlflowClient(uri)
     name = document["recipe"]["tracking"]["experiment"]
     experiment = _experiment(client, name, (store.root / "mlflow" / "artifacts").as_uri() if local else None)
-    tags = {_MODEL_TAG: digest, _RECIPE_TAG: document["recipe_digest"]}
+    tags = {MODEL_TAG: run.model.digest, _RECIPE_TAG: document["recipe_digest"]}
     query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
-    for run in client.search_runs([experiment], query):
-        if run.info.status == "FINISHED":
-            return Tracked(run.info.run_id, name, without_credentials(uri))
+    for found in client.search_runs([experiment], query):
+        if found.info.status == "FINISHED":
+            return Tracked(found.info.run_id, name, without_credentials(uri))
         # A run that was killed while it was being written: its successor tells the whole story.
-        for child in client.search_runs([experiment], f"tags.`{_CHILD_OF}` = '{run.info.run_id}'"):
+        for child in client.search_runs([experiment], f"tags.`{_CHILD_OF}` = '{found.info.run_id}'"):
             client.delete_run(child.info.run_id)
-        client.delete_run(run.info.run_id)
-    run_id = _log(client, experiment, merge, tags)
+        client.delete_run(found.info.run_id)
+    run_id = _log(client, experiment, document, store.read(run.model), tags)
     return Tracked(run_id, name, without_credentials(uri))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the first line of an error's message, free of credentials."""
     message = str(error).strip() or type(error).__name__
     return without_credentials(message.splitlines()[0])[:300]
@@ -140,16 +169,15 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     return str(found.experiment_id)
 
 
-def _log(client: Any, experiment: str, merge: Merge, tags: Mapping[str, str]) -> str:
+def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artefact, tags: Mapping[str, str]) -> str:
     from mlflow.entities import Metric, Param, RunTag
 
-    document = merge.document
     now = int(time.time() * 1000)
     trials = document["search"]["trials"]
     lineage = {f"bmm.expert.{expert['name']}": expert["digest"] for expert in document["experts"]}
     parent = client.create_run(
         experiment,
-        run_name=merge.output.name,
+        run_name=Path(document["recipe"]["output"]).name or "merge",
         tags={**tags, "bmm.base": document["base"]["digest"], **lineage},
     ).info.run_id
     metrics = [Metric(name, value, now, 0) for name, value in _metrics(document).items()]
@@ -181,14 +209,13 @@ def _log(client: Any, experiment: str, merge: Merge, tags: Mapping[str, str]) ->
             )
             client.set_terminated(child, "FINISHED" if trial["state"] == "complete" else "FAILED")
             bar.advance()
-        _log_artifacts(client, parent, merge)
+        _log_artifacts(client, parent, document, model)
         bar.advance()
     client.set_terminated(parent, "FINISHED")
     return str(parent)
 
 
-def _log_artifacts(client: Any, run_id: str, merge: Merge) -> None:
-    document = merge.document
+def _log_artifacts(client: Any, run_id: str, document: Mapping[str, Any], model: Artefact) -> None:
     with tempfile.TemporaryDirectory(prefix="bmm-mlflow-") as folder:
         for name in figures(document):
             (Path(folder) / f"{name}.png").write_bytes(png(name, document))
@@ -196,9 +223,14 @@ def _log_artifacts(client: Any, run_id: str, merge: Merge) -> None:
     client.log_text(run_id, yaml.safe_dump(document["recipe"], sort_keys=False, allow_unicode=True), "recipe.yaml")
     lineage = {key: document[key] for key in ("recipe_digest", "base", "experts", "anchor", "data", "environment")}
     client.log_dict(run_id, lineage, "lineage.json")
-    client.log_artifact(run_id, str(merge.output / "merge.json"))
-    client.log_artifact(run_id, str(merge.output / "report.html"))
-    client.log_artifacts(run_id, str(merge.output), "model")
+    texts = told(document)
+    for name in ("merge.json", "report.html"):
+        client.log_text(run_id, texts[name], name)
+    # The output folder as it was written; by now a later merge may have replaced it.
+    for name, text in texts.items():
+        client.log_text(run_id, text, f"model/{name}")
+    for name in model.manifest["files"]:
+        client.log_artifact(run_id, str(model.file(name)), str(PurePosixPath("model", name).parent))
 
 
 def _metrics(document: Mapping[str, Any]) -> dict[str, float]:

@@ -83,12 +83,14 @@ def assert_mended(bmm: Bmm, merged: tuple[Path, Path], finished: Path, ran: str 
 
 def assert_named(bmm: Bmm, store: Path, entry: Entry) -> None:
     """Assert that `bmm store verify` names one artefact, in words and in JSON, and exits with 1."""
-    said = bmm("store", "verify", "--store", store)
+    said = bmm("store", "verify", "--no-mend", "--store", store)
     assert said.code == 1
     assert f"the {entry.kind} artefact {entry.key[:12]}" in said.out
-    found = bmm("store", "verify", "--store", store, "--json")
+    found = bmm("store", "verify", "--no-mend", "--store", store, "--json")
     assert found.code == 1
     assert [(item["kind"], item["key"]) for item in found.document["damaged"]] == [(entry.kind, entry.key)]
+    made_by = {**MADE_BY, "predictions": "evaluate"}.get(entry.kind, entry.kind.removeprefix("stage-"))
+    assert found.document["damaged"][0]["made_by"] == made_by
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

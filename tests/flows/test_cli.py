@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from bmm.pipeline import STAGES
-from flows.cli import _run
+from flows.running import run as _run
 
 Command = Callable[..., Any]
 Finished = tuple[Path, Path, Any]
@@ -23,7 +23,7 @@ Place = tuple[Path, Path]
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], ["demo", "init", "plan", "merge", "grams", "eval", "report", "store", "schema"]),
+        ([], ["demo", "init", "plan", "merge", "grams", "eval", "report", "track", "store", "schema"]),
         (["demo"], ["FOLDER", "--zoo", "--experts", "--json"]),
         (["init"], ["DIR", "--force", "--json"]),
         (["plan"], ["RECIPE", "--offline", "--config", "--store", "--json", "refuse"]),
@@ -34,8 +34,9 @@ Place = tuple[Path, Path]
         (["schema"], ["JSON Schema"]),
         (["store"], ["ls", "verify", "prune"]),
         (["store", "ls"], ["--store", "--json"]),
-        (["store", "verify"], ["--store", "--json", "damaged"]),
-        (["store", "prune"], ["--older-than", "--dry-run", "--copies", "--json"]),
+        (["store", "verify"], ["--store", "--json", "--no-mend", "damaged"]),
+        (["store", "prune"], ["--older-than", "--keep-runs", "--max-bytes", "--no-registry", "--dry-run", "--copies"]),
+        (["track"], ["--store", "--any-tracker", "--json"]),
     ],
 )
 def test_help_names_what_a_command_takes(
@@ -284,6 +285,41 @@ def test_report_of_a_recipe_that_was_not_merged(done: Place, bmm_here: Command, 
     assert "has not been merged yet" in said.err
 
 
+def test_verify_names_the_stage_and_mends(done: Place, bmm_here: Command) -> None:
+    _, store = done
+    damaged = sorted((store / "artefacts" / "anchor").glob("*/treatments.json"))[0]
+    damaged.write_text("{}", encoding="utf-8")
+    words = ("store", "verify", "--store", store)
+    left = bmm_here(*words, "--no-mend", "--json")
+    ((said,), code) = (left.document["damaged"], left.code)
+    assert (code, said["kind"], said["made_by"], said["removed"]) == (1, "anchor", "anchor", False)
+    people = bmm_here(*words)
+    assert people.code == 1
+    assert "removed; the stage anchor makes it again" in " ".join(people.out.split())
+    assert not damaged.parent.exists()
+    again = bmm_here(*words)
+    assert (again.code, "0 damaged" in again.out) == (0, True)
+
+
+def test_prune_by_count_and_by_bytes(done: Place, bmm_here: Command) -> None:
+    _, store = done
+    words = ("store", "prune", "--store", store, "--json")
+    kept = bmm_here(*words, "--keep-runs", "1").document
+    assert (kept["artefacts"], kept["protected"]) == (0, 0)
+    size = kept["left_bytes"]
+    some = bmm_here(*words, "--max-bytes", f"{size // 2}B", "--dry-run").document
+    assert 0 < some["artefacts"] < len(bmm_here("store", "ls", "--store", store, "--json").document["artefacts"])
+    assert {one["why"] for one in some["removed"]} == {"bytes"}
+    assert some["left_bytes"] + some["bytes"] == size
+    assert some["left_bytes"] <= size // 2
+    everything = bmm_here(*words, "--keep-runs", "0").document
+    assert {one["why"] for one in everything["removed"]} == {"runs"}
+    assert {one["kind"] for one in everything["removed"]} >= {"run", "model", "walk", "predictions"}
+    for wrong in (("--max-bytes", "many"), ("--copies", "--keep-runs", "1")):
+        refused = bmm_here("store", "prune", "--store", store, *wrong)
+        assert (refused.code, len(refused.complaints)) == (2, 1)
+
+
 def test_prune_removes_what_is_old(done: Place, bmm_here: Command) -> None:
     folder, store = done
     words = ("store", "prune", "--older-than", "0", "--store", store, "--json")
@@ -315,8 +351,10 @@ def test_an_unreachable_tracker_costs_nothing_and_shows_no_password(
     assert people.code == 0
     assert "not logged" in people.out
     assert "secret" not in people.out + people.err
-    # The next merge whose tracker answers writes the record.
+    # What waits is for that tracker; a merge with another one, which answers, writes its own record.
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     again = bmm_here("merge", folder / "recipe.yaml", "--store", store, "--no-server", "--json")
     assert again.document["mlflow"]["run_id"]
-    assert again.document["mlflow_error"] is None
+    assert (again.document["mlflow_error"], again.document["mlflow_sent_later"]) == (None, 0)
+    left = bmm_here("track", "--store", store, "--json").document
+    assert (left["sent"], [one["tracker"] for one in left["waiting"]]) == ([], ["http://127.0.0.1:9"])

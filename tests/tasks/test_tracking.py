@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow_server import free_port, running_mlflow
 
 from bmm.pipeline import Merge
 from bmm.store import Store
@@ -111,7 +105,10 @@ def test_artifacts(client: Any, merged: tuple[Store, Merge], tmp_path: Path) -> 
     figures = artifacts(client, run_id, "figures")
     assert figures
     assert all(name.endswith(".png") for name in figures)
-    assert {"model/config.json", "model/heads"} <= artifacts(client, run_id, "model")
+    # Everything that the output folder had, and nothing of how the store keeps it.
+    output = {f"model/{path.name}" for path in merged[1].output.iterdir()}
+    assert artifacts(client, run_id, "model") == output
+    assert artifacts(client, run_id, "model/heads") == {f"model/heads/task{index}.safetensors" for index in range(3)}
     recipe = Path(client.download_artifacts(run_id, "recipe.yaml", str(tmp_path)))
     assert yaml.safe_load(recipe.read_text(encoding="utf-8")) == merged[1].document["recipe"]
 
@@ -164,9 +161,7 @@ def test_credentials_are_not_shown(uri: str, shown: str) -> None:
 
 
 def test_nobody_answers(merged: tuple[Store, Merge], monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError) as raised:
@@ -188,56 +183,26 @@ def test_tracking_can_be_switched_off(merged: tuple[Store, Merge]) -> None:
     assert (outcome.tracked, outcome.tracking_error) == (None, None)
 
 
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[int]:
-    """The port of a real MLflow server on a sqlite file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    backend, files = f"sqlite:///{tmp_path / 'server.db'}", str(tmp_path / "files")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend]
-    command += ["--artifacts-destination", files, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.3)
-        yield port
-    finally:
-        os.killpg(process.pid, 15)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-
-
 @pytest.mark.slow
 def test_a_real_server(
     merged: tuple[Store, Merge],
-    mlflow_server: int,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{mlflow_server}")
-    tracked = track(*merged)
-    assert tracked.uri == f"http://127.0.0.1:{mlflow_server}"
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert "secret" not in said.err
-    from mlflow import MlflowClient
+    with running_mlflow(tmp_path, free_port()) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("http://", "http://user:secret@"))
+        tracked = track(*merged)
+        assert tracked.uri == address
+        said = capfd.readouterr()
+        assert said.out == ""
+        assert "secret" not in said.err
+        from mlflow import MlflowClient
 
-    client = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
-    ((parent,), children) = runs(client, merged[1])
-    assert parent.info.run_id == tracked.run_id
-    assert len(children[parent.info.run_id]) == 5
-    assert {"recipe.yaml", "merge.json", "report.html", "figures", "model"} <= artifacts(client, tracked.run_id)
-    assert track(*merged) == tracked
-    assert len(runs(client, merged[1])[0]) == 1
+        client = MlflowClient(address)
+        ((parent,), children) = runs(client, merged[1])
+        assert parent.info.run_id == tracked.run_id
+        assert len(children[parent.info.run_id]) == 5
+        assert {"recipe.yaml", "merge.json", "report.html", "figures", "model"} <= artifacts(client, tracked.run_id)
+        assert track(*merged) == tracked
+        assert len(runs(client, merged[1])[0]) == 1
