@@ -36,6 +36,10 @@ class CheckpointError(UserError):
     """A model folder cannot be used: missing, pickled, of another architecture, with a tensor of another shape."""
 
 
+class ModelAwayError(CheckpointError):
+    """The server that a model is on does not answer: nothing is known of the model, and asking again may help."""
+
+
 class DataError(UserError):
     """A data split cannot be used: missing, empty, without its columns, overlapping another split."""
 

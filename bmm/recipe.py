@@ -1,25 +1,28 @@
 """What a user asks for: one frozen model, read from YAML, with its JSON Schema published.
 
 Only the words live here. Whether the files that a recipe names exist and fit together is checked by
-`bmm.sources`; nothing in this module touches a disk beyond the recipe's own file.
+`bmm.sources`; nothing in this module touches a disk beyond the recipe's own file, but for experts that the recipe
+leaves to be found (`bmm.discovery`), which have names from here on.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from bmm.anchors.settings import AnchorSettings, Method, TSVSettings, of_method
 from bmm.cluster.settings import ClusterSettings
 from bmm.completion import Choices, complete
+from bmm.discovery import ExpertSearch, expand
 from bmm.errors import RecipeError
 from bmm.grams.settings import ActivationGrams, GramSettings
 from bmm.kinds.settings import SplitSource, Task
+from bmm.nightly.settings import Nightly
 from bmm.part import SIZE_PATTERN, Part
+from bmm.recipe_file import read_mapping
 from bmm.regression.settings import RegressionSettings
 from bmm.search.settings import Search, SearchSettings
 
@@ -38,6 +41,25 @@ class ExpertSource(Part):
     def splits(self) -> dict[str, SplitSource]:
         """Return the splits that there are, by name, in a fixed order."""
         return {} if self.task is None else self.task.splits()
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(entry, dict) and "find" in entry for entry in value):
+        raise ValueError("experts are found where a recipe is read from a file or a mapping; read it from there")
+    return value
+
+
+Experts = Annotated[
+    tuple[ExpertSource, ...],
+    BeforeValidator(
+        _named,
+        json_schema_input_type=Annotated[tuple[ExpertSource, ...], Field(min_length=2)]
+        | Annotated[
+            tuple[ExpertSource | ExpertSearch, ...], Field(json_schema_extra={"contains": {"required": ["find"]}})
+        ],
+    ),
+]
+"""Named one by one; in a recipe's file also left to be found, by which one line may stand for many."""
 
 
 class EvaluationSettings(Part):
@@ -86,7 +108,7 @@ class Recipe(Part):
     """One merge, as a user asks for it. Relative paths are relative to `folder`."""
 
     base_model: str = Field(min_length=1)
-    experts: tuple[ExpertSource, ...] = Field(min_length=2)
+    experts: Experts
     output: str = Field(min_length=1)
     anchor: AnchorSettings = TSVSettings()
     grams: GramSettings = ActivationGrams()
@@ -100,6 +122,9 @@ class Recipe(Part):
         default="base", description="dtype of the written weights"
     )
     max_shard_size: str = Field(default="2GiB", pattern=SIZE_PATTERN, description="largest weight file of the output")
+    nightly: Nightly | None = Field(
+        default=None, exclude=True, description="a merge that is looked after every night: `bmm nightly`, `bmm deploy`"
+    )
     folder: SkipJsonSchema[Path] = Field(
         default=Path("."), exclude=True, repr=False, description="set by from_yaml, not by users"
     )
@@ -107,6 +132,8 @@ class Recipe(Part):
     @field_validator("experts")
     @classmethod
     def _distinct_names(cls, value: tuple[ExpertSource, ...]) -> tuple[ExpertSource, ...]:
+        if len(value) < 2:
+            raise ValueError(f"a merge needs at least 2 experts, and there {_number(len(value))}; add some")
         names = [expert.name.lower() for expert in value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -174,22 +201,7 @@ class Recipe(Part):
             RecipeError: the file is missing, is not YAML, or says something a recipe cannot say.
         """
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise RecipeError(f"there is no recipe at {path}; `bmm init DIR` writes one") from None
-        except IsADirectoryError:
-            raise RecipeError(f"{path} is a folder; name the recipe's YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
-        try:
-            value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            # PyYAML lets through what Python says of an impossible date or number.
-            raise RecipeError(f"the recipe {path} is not valid YAML: {_one_line(error)}") from None
-        if not isinstance(value, dict):
-            raise RecipeError(f"the recipe {path} must be a mapping of keys such as base_model, experts, output")
-        return cls.from_mapping(value, folder=path.resolve().parent, where=str(path))
+        return cls.from_mapping(read_mapping(path), folder=path.resolve().parent, where=str(path))
 
     @classmethod
     def from_mapping(cls, value: dict[str, Any], *, folder: str | Path = ".", where: str = "the recipe") -> Recipe:
@@ -204,9 +216,10 @@ class Recipe(Part):
             if isinstance(value.get(part), dict):
                 value = {**value, part: {**tag, **value[part]}}
         try:
-            return cls.model_validate({**value, "folder": Path(folder).resolve()})
+            folder = Path(folder).resolve()
+            return cls.model_validate({**expand(value, folder), "folder": folder})
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_explain(error)}") from None
+            raise RecipeError(f"{where}: {explain(error)}") from None
 
     def resolve(self, path: str) -> Path:
         """Return `path` as an absolute path, taken from the recipe's folder where it is relative."""
@@ -217,35 +230,16 @@ class Recipe(Part):
         return self.model_dump(mode="json")
 
 
-# `<<: *name` takes in another mapping's keys and may stand several times.
-_MERGE_TAG = "tag:yaml.org,2002:merge"
+def _number(count: int) -> str:
+    return "is one" if count == 1 else "are none"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML as PyYAML reads it safely, but a key given twice is an error instead of a silent last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuse repeated keys, then build the mapping."""
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE_TAG:
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _explain(error: ValidationError) -> str:
-    """Return the first mistake as one sentence that names its key."""
+def explain(error: ValidationError, *above: str) -> str:
+    """Return the first mistake as one sentence that names its key, which stands below the keys `above`."""
     first = error.errors()[0]
-    parts = [str(part) for part in first["loc"]]
+    if error.title == ExpertSearch.__name__:
+        above = ("experts", "find")
+    parts = [*above, *(str(part) for part in first["loc"])]
     if parts[:1] in (["anchor"], ["grams"]):
         # Discriminated unions put the chosen kind between the key and its option; users never wrote it as a key.
         del parts[1:2]

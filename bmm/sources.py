@@ -6,7 +6,7 @@ files happens here; opening rows and weights does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from bmm.checkpoint.resolve import Resolved, resolve
 from bmm.checkpoint.shards import read_json_object
 from bmm.checkpoint.verified import fingerprint, open_checkpoint, open_verified
 from bmm.digest import digest_file
-from bmm.errors import RecipeError
+from bmm.errors import DataError, RecipeError
 from bmm.evaluation.data import source_files
 from bmm.evaluation.tables import FOLDERS
 from bmm.grams.published import PublishedGrams, find
@@ -69,6 +69,11 @@ class Expert:
         """Return the expert as plain JSON values."""
         return {**vars(self), "model": self.model.to_json()}
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Expert:
+        """Read an expert back from `to_json`'s values."""
+        return cls(value["name"], Model(**value["model"]), value["task"], value["data"])
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -78,6 +83,25 @@ class Inputs:
     experts: tuple[Expert, ...]
     anchor: Model | None
     grams: Mapping[str, PublishedGrams] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the inputs as plain JSON values."""
+        return {
+            "base": self.base.to_json(),
+            "experts": [expert.to_json() for expert in self.experts],
+            "anchor": None if self.anchor is None else self.anchor.to_json(),
+            "grams": {name: grams.to_json() for name, grams in self.grams.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Inputs:
+        """Read inputs back from `to_json`'s values."""
+        return cls(
+            base=Model(**value["base"]),
+            experts=tuple(Expert.from_json(expert) for expert in value["experts"]),
+            anchor=None if value["anchor"] is None else Model(**value["anchor"]),
+            grams={name: PublishedGrams(**grams) for name, grams in value["grams"].items()},
+        )
 
 
 def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> Inputs:
@@ -91,11 +115,19 @@ def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> I
     if check_output_folder:
         check_output(recipe)
     base = fingerprint_model(recipe.base_model, recipe.folder, "base_model")
-    experts = tuple(_expert(expert, recipe, base) for expert in recipe.experts)
+    return with_experts(recipe, base, [fingerprint_expert(expert, recipe, base) for expert in recipe.experts])
+
+
+def with_experts(recipe: Recipe, base: Model, experts: Sequence[Expert]) -> Inputs:
+    """Return what a recipe names beside base and experts together with these.
+
+    Raises:
+        UserError: something is missing or cannot be used; the message names it.
+    """
     anchor = None
     if isinstance(recipe.anchor, CheckpointAnchorSettings):
         anchor = fingerprint_model(recipe.anchor.path, recipe.folder, "anchor.path", base)
-    return Inputs(base, experts, anchor, _given_grams(recipe))
+    return Inputs(base, tuple(experts), anchor, _given_grams(recipe))
 
 
 def check_output(recipe: Recipe) -> None:
@@ -139,10 +171,16 @@ def fingerprint_model(source: str, folder: Path, where: str, base: Model | None 
         return Model(source, str(resolved.path), resolved.revision, fingerprint(checkpoint), over)
 
 
-def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
+def fingerprint_expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
+    """Find one expert with its rows, and take their digests.
+
+    Raises:
+        UserError: something is missing, is not a usable checkpoint, or may not be read; the message names it.
+        ModelAwayError: the server that it is on does not answer.
+    """
     model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
     data: dict[str, Any] = {}
-    column: str | None = next((found for key in FILES if (found := getattr(expert.task, key, None)) is not None), None)
+    column = _file_column(expert.task)
     for split, source in expert.splits().items():
         files = split_files(expert, split, source, recipe.folder, column)
         for path in files:
@@ -162,6 +200,38 @@ def _expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
         # Its files are read as the base's are; what the file says decides the results, not where it lies.
         task["processor"] = read_json_object(Path(base.path) / PROCESSOR)
     return Expert(expert.name, model, task, data)
+
+
+def require_unchanged(expert: Expert, task: Any, folder: Path) -> None:
+    """Make sure that the rows just read are those that were fingerprinted.
+
+    Args:
+        expert: as it was fingerprinted.
+        task: the recipe's settings of its task.
+        folder: what relative paths are taken from.
+
+    Raises:
+        DataError: a file of rows was replaced meanwhile.
+    """
+    asked = ExpertSource(name=expert.name, model=expert.model.source, task=task)
+    for split, source in asked.splits().items():
+        files = split_files(asked, split, source, folder, _file_column(task))
+        for path, digest in zip(files, expert.data[split]["files"], strict=False):
+            if digest_file(path) != digest:
+                raise DataError(
+                    f"{path}, {split} rows of the expert {expert.name}, was changed while the merge was running; run "
+                    "the merge again to use the new rows"
+                )
+        if len(files) != len(expert.data[split]["files"]):
+            raise DataError(
+                f"the {split} rows of the expert {expert.name} have other files than when the merge began; run the "
+                "merge again to use them"
+            )
+
+
+def _file_column(task: Any) -> str | None:
+    """Return the column that names files of images or sounds, if the task has one."""
+    return next((found for key in FILES if (found := getattr(task, key, None)) is not None), None)
 
 
 def split_files(

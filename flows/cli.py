@@ -14,8 +14,8 @@ import typer
 from rich.markup import escape
 
 from bmm.errors import UserError
-from flows import store_cli
-from flows.running import JsonOption, StoreOption
+from flows import nightly_cli, store_cli
+from flows.running import FreshOption, JsonOption, RecipeFile, ServerOption, StoreOption
 from flows.running import err as _err
 from flows.running import out as _out
 from flows.running import run as _run
@@ -29,14 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(store_cli.app, name="store")
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe's YAML file", show_default=False)]
-FreshOption = Annotated[
-    bool, typer.Option("--fresh/--resume", help="compute every stage anew, or take up what is finished (the default)")
-]
-ServerOption = Annotated[
-    bool, typer.Option("--server/--no-server", help="run as a Prefect flow, or in this process without Prefect")
-]
+nightly_cli.add_to(app)
 
 
 @app.command()

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bmm.errors import BMMError, UserError
-from bmm.progress import progress
+from bmm.errors import UserError
 from bmm.recipe import Recipe
 from bmm.store import Store
 
 if TYPE_CHECKING:
+    from bmm.pipeline import Execute
     from bmm.sources import Inputs, Model
 
 
@@ -95,28 +95,14 @@ def merge(path: Path, store: str | None, *, fresh: bool, server: bool) -> dict[s
 
 
 def _merge_with_prefect(recipe: Recipe, store: Store) -> Any:
-    from flows.orphans import end_orphans
+    from flows.connecting import with_prefect
 
-    # Before Prefect may start a server of its own.
-    end_orphans()
-    try:
-        with progress("connecting to Prefect", 1) as bar:
-            from prefect.client.orchestration import get_client
+    def run() -> Any:
+        from flows.merge import merge_flow
 
-            from flows.merge import merge_flow
-
-            # Starts a temporary server where none is configured.
-            get_client(sync_client=True)
-            bar.advance()
         return merge_flow(recipe.document(), str(recipe.folder), store.location, store.fresh)
-    except RuntimeError as error:
-        # Prefect has no type for a server that is not there, only these words.
-        if not str(error).startswith(("Failed to reach API", "Timed out while attempting to connect")):
-            raise
-        raise BMMError(
-            "the Prefect server does not answer; start it, correct PREFECT_API_URL (unset, a temporary server is "
-            "started), or run with --no-server"
-        ) from error
+
+    return with_prefect(run)
 
 
 def _merge_here(recipe: Recipe, store: Store) -> Any:
@@ -127,7 +113,9 @@ def _merge_here(recipe: Recipe, store: Store) -> Any:
     return track_or_explain(store, merged, enabled=recipe.tracking.enabled)
 
 
-def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = None) -> dict[str, Any]:
+def grams(
+    path: Path, store: str | None, *, fresh: bool, output: Path | None = None, execute: Execute | None = None
+) -> dict[str, Any]:
     """Run the stages up to the Gram matrices, and publish them in a folder for each expert below `output`."""
     from bmm.grams.published import check_target, publish
     from bmm.grams.store import GramReader
@@ -142,7 +130,7 @@ def grams(path: Path, store: str | None, *, fresh: bool, output: Path | None = N
     opened = opened_store(store, fresh=fresh)
     stages = ("experts", "task-vectors", "grams")
     with at_work(opened):
-        results = run_stages(recipe, fingerprint_inputs(recipe), opened, perform_here, stages, grams=True)
+        results = run_stages(recipe, fingerprint_inputs(recipe), opened, execute or perform_here, stages, grams=True)
     experts = []
     for expert in recipe.experts:
         reference = results["grams"].reference("experts", expert.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,14 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe's YAML file", show_default=False)]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh/--resume", help="compute every stage anew, or take up what is finished (the default)")
+]
+ServerOption = Annotated[
+    bool, typer.Option("--server/--no-server", help="run as a Prefect flow, or in this process without Prefect")
+]
 
 out = Console()
 err = Console(stderr=True)

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from bmm.report.night import cells, headline
 from bmm.report.table import console_table
 from bmm.sizes import readable_bytes
 
@@ -35,6 +36,26 @@ def merge_summary(found: Mapping[str, Any], document: Mapping[str, Any]) -> list
             f"[yellow]mlflow[/yellow]  not logged ({escape(found['mlflow_error'])}); the next merge tries again"
         )
     lines.append(f"[bold]time[/bold]    {found['seconds']:.1f} s; {stages}")
+    return lines
+
+
+def night_summary(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Return what a person sees at the end of a night: how it ended, the gate's table, then where things are."""
+    lines: list[RenderableType] = [f"[bold]{found['outcome']}[/bold]  {escape(headline(found))}"]
+    lines += [f"  {escape(reason)}" for reason in found["reasons"]]
+    lines += [f"[yellow]left out[/yellow]  {escape(name)}: {escape(why)}" for name, why in found["left_out"].items()]
+    if "gate" in found:
+        table = _table("scores on the test rows, in per cent")
+        for name in ("task", "rows", "champion", "new", "difference", "interval", "floor", ""):
+            table.add_column(name, justify="left" if name in ("task", "") else "right")
+        for row in found["gate"]["rows"]:
+            table.add_row(*map(escape, cells(row)))
+        lines += ["", table]
+    lines.append(f"[bold]champion[/bold]  {escape(found['output'])}")
+    if found.get("report"):
+        lines.append(f"[bold]report[/bold]    {escape(found['report'])}")
+    stages = f"; {_stages(found['stages'])}" if found.get("stages") else ""
+    lines.append(f"[bold]time[/bold]      {found['seconds']:.1f} s{stages}")
     return lines
 
 

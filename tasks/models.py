@@ -12,11 +12,12 @@ from pathlib import Path
 
 from bmm.checkpoint.resolve import Resolved, register_scheme
 from bmm.disk import explained
-from bmm.errors import CheckpointError
+from bmm.errors import CheckpointError, ModelAwayError
 from bmm.store import default_location
 from tasks.addresses import without_credentials
 
 _URI = re.compile(r"models:/+(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 
 
 def register() -> None:
@@ -29,6 +30,7 @@ def resolve_registered(uri: str) -> Resolved:
 
     Raises:
         CheckpointError: the URI is malformed, no registry is configured, or the registry has no such model.
+        ModelAwayError: the registry does not answer.
     """
     match = _URI.fullmatch(uri)
     if match is None:
@@ -53,7 +55,7 @@ def resolve_registered(uri: str) -> Resolved:
             path = mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=str(target))
     except (MlflowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(registry, "the registry")
-        raise CheckpointError(
-            f"'{uri}' cannot be had from the registry {without_credentials(registry)}: {reason}"
-        ) from None
+        said = f"'{uri}' cannot be had from the registry {without_credentials(registry)}: {reason}"
+        known = getattr(error, "error_code", "") in _NOT_THERE
+        raise (CheckpointError(said) if known else ModelAwayError(said)) from None
     return Resolved(Path(path), uri, str(version.version))

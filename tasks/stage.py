@@ -14,14 +14,14 @@ from typing import Any
 
 from prefect import Task, get_run_logger, task
 from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 
 from bmm.digest import digest_text
-from bmm.errors import UserError
 from bmm.pipeline import perform_here
 from bmm.stages.request import Request, Result, verified
 from bmm.store import Store
+from tasks.step import worth_retrying
 
 StageTask = Task[[str, dict[str, Any], bool], dict[str, Any]]
 AfterStage = Callable[[Store, Result], None]
@@ -55,7 +55,7 @@ def stage_task(stage: str, description: str, *, retries: int = 0, after: AfterSt
         result_serializer="json",
         retries=retries,
         retry_delay_seconds=delays,
-        retry_condition_fn=_worth_retrying,
+        retry_condition_fn=worth_retrying,
     )
     return as_task(run_stage)
 
@@ -83,13 +83,3 @@ def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
     # References are names inside one store, so its place belongs to the key.
     request = Request.from_json(parameters["request"])
     return f"bmm-{request.stage}-{request.key}-{digest_text(parameters['store'])[:16]}"
-
-
-def _worth_retrying(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    try:
-        state.result()
-    except UserError:
-        return False
-    except Exception:
-        return True
-    return False

@@ -94,6 +94,8 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Standard output holds results only, and the address may have a password in it.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Nor does the terminal need a second bar.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # A new sqlite file is no news to somebody who waits for a merge.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 

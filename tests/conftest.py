@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from nights import compute_here
 from object_server import ObjectServer, running_server
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -99,18 +100,7 @@ def merged(merged_source: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute Gram shards and walks in this process, for tests that are about something else than Dask."""
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
-    monkeypatch.setattr("bmm.stages.grams.workers", lambda _: nullcontext())
-    monkeypatch.setattr(
-        "bmm.stages.grams.run_all", lambda _, function, requests, *__, **___: [function(dict(one)) for one in requests]
-    )
-    cluster = SimpleNamespace(count=lambda: 1, everywhere=lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr("bmm.stages.propagation.workers", lambda _: nullcontext(cluster))
-    monkeypatch.setattr(
-        "bmm.stages.propagation.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
-    )
+    compute_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmm.checkpoint.allowed import check_allowed
-from bmm.errors import CheckpointError, UserError
+from bmm.errors import CheckpointError, ModelAwayError, UserError
 from bmm.hub import hub_id
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):")
@@ -40,7 +40,16 @@ class Resolved:
 
 
 SchemeResolver = Callable[[str], Resolved]
-_schemes: dict[str, SchemeResolver] = {}
+
+
+def _from_bucket(source: str) -> Resolved:
+    from bmm.checkpoint.bucket import fetch_source
+
+    path, revision = fetch_source(source)
+    return Resolved(path, source, revision)
+
+
+_schemes: dict[str, SchemeResolver] = {"s3": _from_bucket}
 
 
 def register_scheme(scheme: str, resolver: SchemeResolver) -> None:
@@ -64,6 +73,7 @@ def resolve(source: str, folder: Path, where: str) -> Resolved:
 
     Raises:
         CheckpointError: nothing is found under that name.
+        ModelAwayError: nobody answers who would know.
         UserError: the folder lies outside of `BMM_ALLOWED_FOLDERS`.
     """
     try:
@@ -130,7 +140,7 @@ def _from_hub(source: str, model: str, revision: str | None, local: Path, where:
                 f"{where}: the hub's model '{model}' cannot be stored in the hub's cache ({error.strerror}); "
                 "free some space or set HF_HOME to another folder"
             ) from error
-        raise CheckpointError(
+        raise ModelAwayError(
             f"{absent} could not be reached for '{model}'; correct the path, or try again with a connection"
         ) from error
     check_allowed(snapshot, where)

@@ -145,6 +145,14 @@ class Bootstrap:
             return self._interval(self._replicates[task][model] - self._replicates[task][other])
         return self._interval(self._means(model) - self._means(other))
 
+    def certainty(self, model: str, other: str, least: float = 0.0) -> float:
+        """Return the share of resamples in which mean score(model) - mean score(other) is above `least`.
+
+        A resample exactly there counts half, so that two models with the same answers are at 0.5.
+        """
+        gap = self._means(model) - self._means(other) - least
+        return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
+
     def _means(self, model: str) -> NDArray[np.float64]:
         stacked = np.stack([replicates[model] for replicates in self._replicates.values()])
         return np.asarray(stacked.mean(axis=0), dtype=np.float64)

@@ -20,9 +20,9 @@ from bmm.kinds.settings import Task
 from bmm.modules.linear import discover
 from bmm.prediction import HEAD, build_model
 from bmm.progress import progress
-from bmm.sources import Expert, Model
+from bmm.sources import Expert, Model, require_unchanged
 from bmm.stages.request import Request, Work
-from bmm.stages.setup import expert_from_json, open_all
+from bmm.stages.setup import open_all
 from bmm.store import Draft
 
 
@@ -33,7 +33,7 @@ def load_experts(work: Work, request: Request) -> dict[str, Any]:
         UserError: checkpoints that do not fit together, rows that cannot be used, splits that overlap.
     """
     base = Model(**request.where["base"])
-    experts = [expert_from_json(value) for value in request.where["experts"]]
+    experts = [Expert.from_json(value) for value in request.where["experts"]]
     with ExitStack() as stack:
         base_checkpoint = stack.enter_context(base.open())
         checkpoints = open_all(stack, experts)
@@ -79,6 +79,7 @@ def _expert_artefact(
             )
             for name, split in task.splits().items()
         }
+        require_unchanged(expert, task, Path(request.where["folder"]))
         kind.check_splits(f"the expert {expert.name}", splits)
         for name, split in splits.items():
             kind.write_split(split, draft.path, name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from bmm.checkpoint.layout import Layout
 from bmm.checkpoint.reader import Checkpoint
@@ -51,16 +50,11 @@ def setup_of(work: Work, request: Request) -> Setup:
     modules = layout.read_json("modules.json")
     return Setup(
         base=Model(**request.where["base"]),
-        experts=tuple(expert_from_json(value) for value in request.where["experts"]),
+        experts=tuple(Expert.from_json(value) for value in request.where["experts"]),
         layout=Layout.from_json(layout.read_json("layout.json")),
         maps=tuple(LinearMap.from_json(value) for value in modules["maps"]),
         embeddings=frozenset(modules["embeddings"]),
     )
-
-
-def expert_from_json(value: Mapping[str, Any]) -> Expert:
-    """Read an expert back from `Expert.to_json`'s values."""
-    return Expert(value["name"], Model(**value["model"]), value["task"], value["data"])
 
 
 def open_all(stack: ExitStack, experts: Sequence[Expert]) -> dict[str, Checkpoint]:

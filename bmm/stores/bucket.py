@@ -57,11 +57,12 @@ class Blob:
 
 @dataclass(frozen=True)
 class Listed:
-    """An object as a listing has it; `path` is below the prefix."""
+    """An object as a listing has it; `path` is below the prefix, `tag` the server's for this state of it."""
 
     path: str
     bytes: int
     modified: float
+    tag: str = ""
 
 
 @lru_cache(maxsize=8)
@@ -201,7 +202,9 @@ class Bucket:
             except FileNotFoundError as error:
                 require_bucket(error, self.address)
                 return []
-            return [Listed(one["path"], one["size"], one["last_modified"].timestamp()) for one in found]
+            return [
+                Listed(one["path"], one["size"], one["last_modified"].timestamp(), one["e_tag"] or "") for one in found
+            ]
 
         return sorted(self._patiently(ask), key=lambda one: one.path)
 

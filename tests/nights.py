@@ -1,0 +1,84 @@
+"""Pico experts that lie in folders to be found, and nights over them, for tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+def found_experts(pico: Path, **nightly: Any) -> Path:
+    """Turn a pico folder's recipe into one that finds its experts; return the recipe's path."""
+    path = pico / "recipe.yaml"
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    splits = {
+        split: {"path": "json", "data_files": f"data/{{name}}/{split}.jsonl"}
+        for split in ("calibration", "validation", "test")
+    }
+    said["experts"] = [{"find": "./experts/*", "task": {"kind": "text-classification", "max_length": 16, **splits}}]
+    said |= {
+        "search": {"trials": 3, "per": "model"},
+        "cluster": {"workers": 1},
+        "evaluation": {"bootstrap_samples": 200, "compare": []},
+        "nightly": nightly,
+    }
+    path.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Set top-level keys of a recipe."""
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump({**said, **changes}, sort_keys=False), encoding="utf-8")
+
+
+def copy_expert(pico: Path, name: str, new: str) -> None:
+    """Put a copy of an expert, rows and all, under another name."""
+    shutil.copytree(pico / "experts" / name, pico / "experts" / new)
+    shutil.copytree(pico / "data" / name, pico / "data" / new)
+
+
+def nudge(expert: Path, scale: float = 1.001) -> None:
+    """Change an expert's weights a little, without changing what it is worth."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(expert / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("query.weight"))
+    tensors[name] = tensors[name] * scale
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil(expert: Path, value: float = float("nan")) -> None:
+    """Put a number that is none into an expert's encoder."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(expert / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("query.weight"))
+    tensors[name][0, 0] = value
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+
+
+def champion_of(recipe: Path) -> dict[str, Any]:
+    """Return merge.json of the folder that holds the champion."""
+    found: dict[str, Any] = json.loads((recipe.parent / "merged" / "merge.json").read_text(encoding="utf-8"))
+    return found
+
+
+def compute_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute Gram shards and walks in this process, without Dask."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("bmm.stages.grams.workers", lambda _: nullcontext())
+    monkeypatch.setattr(
+        "bmm.stages.grams.run_all", lambda _, function, requests, *__, **___: [function(dict(one)) for one in requests]
+    )
+    cluster = SimpleNamespace(count=lambda: 1, everywhere=lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("bmm.stages.propagation.workers", lambda _: nullcontext(cluster))
+    monkeypatch.setattr(
+        "bmm.stages.propagation.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
+    )
