@@ -121,21 +121,28 @@ class _Run(Generic[Answer]):
                     self._restore()
         finally:
             self._drop()
+            with suppress(OSError, RuntimeError):
+                # What died since the last look.
+                self._count()
         if self._fatal is not None:
             raise self._fatal
         return [self._answers[index] for index in range(len(self._requests))]
 
     def _look(self) -> None:
-        """See how many workers there are."""
-        before, self._addresses = self._addresses, self._cluster.addresses()
+        """See how many workers there are, and wait for some if there are none."""
+        self._count()
         self._look_at = time.monotonic() + _LOOK_SECONDS
-        if lost := len(set(before) - set(self._addresses)):
-            self._lost += lost
-            tell(f"Workers lost: {self._lost}; what they were computing is computed again.")
         if self._addresses:
             self._workers.renew()
         elif self._workers.pause() is None:
             raise self._cluster.workerless()
+
+    def _count(self) -> None:
+        """See which workers there are, and tell how many have died."""
+        before, self._addresses = self._addresses, self._cluster.addresses()
+        if lost := len(set(before) - set(self._addresses)):
+            self._lost += lost
+            tell(f"Workers lost: {self._lost}; what they were computing is computed again.")
 
     def _launch(self) -> None:
         """Hand out as many requests as the workers have use for."""
