@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -28,14 +29,17 @@ STAGES = {"experts", "task-vectors", "grams", "anchor", "search", "evaluate", "p
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's folder with its four experts, trained shorter and tested on fewer rows than the demo's own."""
+    """The demo's folder with its four experts, trained shorter and tested on fewer rows and methods than the demo's."""
     folder = tmp_path_factory.mktemp("demo")
-    prepare(
+    recipe = prepare(
         folder,
-        training=TextTraining(steps=60),
+        training=TextTraining(steps=50),
         sizes=SplitSizes(calibration=128, validation=100, test=200),
         trials=8,
     )
+    document = yaml.safe_load(recipe.read_text())
+    document["evaluation"] = {"compare": ["average", "ta"]}
+    recipe.write_text(yaml.safe_dump(document, sort_keys=False))
     return folder
 
 
@@ -68,7 +72,7 @@ def test_the_merged_model_keeps_most_of_its_experts_and_beats_the_plain_average(
     demo: Path, merged: dict[str, Any]
 ) -> None:
     shares = {row["method"]: row["share_of_experts"]["mean"] for row in document(demo)["methods"]}
-    assert set(shares) == {"base", "experts", "average", "ta", "ties", "tsv", "wudi", "regmean", "merged"}
+    assert set(shares) == {"base", "experts", "average", "ta", "wudi", "merged"}
     assert shares["merged"] > max(shares["base"], shares["average"], shares["ta"])
     assert shares["merged"] > 0.85
     assert merged["share_of_experts"]["merged"] == shares["merged"]
