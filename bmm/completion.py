@@ -13,7 +13,7 @@ from typing import Any
 
 from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings, HybridGrams, TaskVectorGrams
 from bmm.regression.settings import RegressionSettings
-from bmm.search.settings import SearchSettings
+from bmm.search.settings import ALL_TASKS, SearchSettings
 
 # Measured without any data, share of the experts' mean, λ = 0.01, 0.1, 1 against the evidence by type: four text tasks
 # of 428 rows 98.2, 98.1, 97.4 against 98.3 (TSV-M anchor) and 97.9, 98.2, 97.9 against 97.2 (WUDI); four image tasks of
@@ -49,7 +49,7 @@ def complete(
     Raises:
         ValueError: choices that do not fit together or to the rows; the message names the key.
     """
-    for split in ("validation", "test"):
+    for split in ("validation", "test", "unlabelled"):
         with_rows = [name for name, own in splits.items() if split in own]
         without = [name for name in splits if name not in with_rows]
         if with_rows and without:
@@ -66,8 +66,11 @@ def complete(
             )
     said = replace(said, grams=_grams(said.grams, splits, unseen, grams_said=grams_said))
     said = replace(said, regression=_mode(said))
-    validation = all("validation" in own for own in splits.values())
-    said = replace(said, search=_search(said, validation=validation))
+    rows = all("validation" in own for own in splits.values())
+    if said.search.objective == "agreement":
+        rows = rows or all("unlabelled" in own for own in splits.values())
+    said = replace(said, search=_search(said, validation=rows))
+    _check_search(said, splits)
     return replace(said, regression=_strength(said))
 
 
@@ -136,6 +139,29 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
     if not trials_said and (fixed or not validation):
         update["trials"] = 0
     return search.model_copy(update=update)
+
+
+def _check_search(said: Choices, experts: Collection[str]) -> None:
+    """Refuse to search what the rest of the recipe does not have.
+
+    Raises:
+        ValueError: the message names the key.
+    """
+    search = said.search
+    if search.searches("rho") and said.grams.source != "hybrid":
+        raise ValueError(
+            f"'search.rho': Gram matrices from '{said.grams.source}' are not blended; set grams.source to hybrid"
+        )
+    if search.searches("task_weights") and said.regression.mode == "propagated":
+        raise ValueError(
+            "'search.task_weights': a walk's sums over tasks hold one weighting; set regression.mode to module-wise, "
+            "or regression.task_weights to numbers"
+        )
+    for task in search.floors:
+        if task not in (*experts, ALL_TASKS):
+            raise ValueError(
+                f"'search.floors': there is no task '{task}'; the tasks are {', '.join(experts)}, or '{ALL_TASKS}'"
+            )
 
 
 def _strength(said: Choices) -> RegressionSettings:

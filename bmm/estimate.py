@@ -58,9 +58,14 @@ def estimate_stages(
     walk_workers, walk_each = _walk(recipe, outline, tokens)
     # The moments of every layer go to the store.
     walk_disk = factors if walk_workers else 0
+    trial_workers = trial_each = 0
     if recipe.search.trials:
         # All factors, the rest of the model, and the encoder that is measured.
         search_memory = PROCESS_BYTES + 4 * model + factors + gram // max(len(sizes), 1) * experts
+        if recipe.search.parallel > 1:
+            # Each worker that measures has all of it; here the experts' own answers are run.
+            trial_workers, trial_each = min(recipe.search.parallel, recipe.cluster.workers), search_memory
+            search_memory = max(_solving(outline, experts if walk_workers else 1), PROCESS_BYTES + 4 * model)
     else:
         search_memory = _solving(outline, experts if walk_workers else 1)
     compared = len(recipe.evaluation.compare)
@@ -70,7 +75,8 @@ def estimate_stages(
     if "fisher" in recipe.evaluation.compare and not anchored:
         compared += experts
     # Workers elsewhere have memory of their own.
-    walk_here = walk_workers * walk_each if recipe.cluster.local else 0
+    local = int(recipe.cluster.local)
+    walk_here = walk_workers * walk_each * local
     walk_note = f"a walk, {_workers(walk_workers, walk_each)}" if walk_workers else "each map on its own"
     return tuple(
         replace(stage, cached=stage.stage in done)
@@ -89,10 +95,11 @@ def estimate_stages(
                 False,
                 outline.stored_bytes + walk_disk,
                 # A single share is walked in the process that solves; others stand beside it.
-                search_memory + walk_here - (PROCESS_BYTES if walk_workers == 1 else 0),
-                walk_note,
+                search_memory
+                + max(walk_here - (PROCESS_BYTES if walk_workers == 1 else 0), trial_workers * trial_each * local),
+                walk_note + (f"; trials, {_workers(trial_workers, trial_each)}" if trial_workers else ""),
                 # A single share is walked in the merge's own process.
-                walk_each if walk_workers > 1 else 0,
+                max(walk_each if walk_workers > 1 else 0, trial_each),
             ),
             StagePlan(
                 "evaluate",

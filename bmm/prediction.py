@@ -6,7 +6,7 @@ A model here is an encoder (known by the digest of its weights) with one task's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from bmm.checkpoint.vocabulary import EXTRA, with_vocabulary
 from bmm.evaluation.data import Split
 from bmm.evaluation.metrics import Measured
 from bmm.evaluation.model import Prepared, TaskModel
+from bmm.evaluation.racing import PARTS, parts
 from bmm.evaluation.vocabulary import extend
 from bmm.kinds.registry import kind_of
 from bmm.kinds.settings import asking, reading
@@ -60,6 +61,7 @@ class Panel:
         self._models: dict[str, TaskModel] = {}
         self._splits: dict[tuple[str, str], Split] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
+        self._pieces: dict[tuple[str, str], list[tuple[list[int], Prepared | None]]] = {}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -74,33 +76,49 @@ class Panel:
         """Return the number of rows of a split."""
         return len(self._split(task, split).rows)
 
-    def measured(self, task: str, split: str, answers: torch.Tensor) -> Measured:
-        """Return what a model's answers on a split are worth, by the task's metric."""
+    def measured(self, task: str, split: str, answers: torch.Tensor, rows: Sequence[int] | None = None) -> Measured:
+        """Return what a model's answers on a split, or on some of its rows, are worth, by the task's metric."""
         said = self._experts[task].task
         names = self._artefacts[task].read_json("expert.json")["labels"]
         metric = kind_of(said["kind"]).metric(said["metric"], names)
-        labels = [row.label for row in self._split(task, split).rows]
-        return Measured(metric, metric.statistics(answers, labels))
+        labels = self.labels(task, split)
+        return Measured(metric, metric.statistics(answers, labels if rows is None else [labels[row] for row in rows]))
 
     def classes(self, task: str, split: str) -> list[int] | None:
         """Return the class id of every row of a split, None where a task's answers are not scores of classes."""
-        if not kind_of(self._experts[task].task["kind"]).classes:
+        if not self.has_classes(task):
             return None
-        return [int(row.label) for row in self._split(task, split).rows]
+        return [int(label) for label in self.labels(task, split)]
 
-    def evaluate(self, state: EncoderState, split: str) -> dict[str, Measured]:
-        """Run encoder weights on one split of every task; nothing is kept.
+    def has_classes(self, task: str) -> bool:
+        """Say whether a task's answers are scores of classes, `(rows, classes)`."""
+        return kind_of(self._experts[task].task["kind"]).classes
+
+    def labels(self, task: str, split: str) -> list[Any]:
+        """Return the label of every row of a split, whatever the kind of task calls one."""
+        return [row.label for row in self._split(task, split).rows]
+
+    def answers_in_parts(
+        self, state: EncoderState, split: str
+    ) -> Generator[dict[str, tuple[list[int], torch.Tensor]], None, None]:
+        """Run encoder weights on one split, a part of every task's rows after the other; nothing is kept.
+
+        Yields:
+            by task, the indices of the rows of this part and the answers to them. Tasks whose answers are not scores of
+            classes come whole with the last part.
 
         Raises:
             FloatingPointError: an answer is not finite.
         """
         self._load(state)
-        found = {}
         with progress(f"evaluating {split}", sum(self.rows(task, split) for task in self.tasks)) as bar:
-            for task in self.tasks:
-                model = self._model(task)
-                found[task] = self.measured(task, split, model.logits(self._ready(task, split), bar))
-        return found
+            for turn in range(PARTS):
+                found = {}
+                for task in self.tasks:
+                    indices, prepared = self._piece(task, split, turn)
+                    if prepared is not None:
+                        found[task] = (indices, self._model(task).logits(prepared, bar))
+                yield found
 
     def predictions(
         self, encoder: str, state: Callable[[], EncoderState], tasks: Sequence[str], split: str, what: str
@@ -178,6 +196,21 @@ class Panel:
         if known is None:
             known = self._prepared[task, split] = self._model(task).prepare(self._split(task, split).rows)
         return known
+
+    def _piece(self, task: str, split: str, turn: int) -> tuple[list[int], Prepared | None]:
+        """Return the indices of the rows of a task's part, and the rows made ready; None where it has none."""
+        if (task, split) not in self._pieces:
+            count = self.rows(task, split)
+            if self.has_classes(task):
+                rows = self._split(task, split).rows
+                pieces: list[tuple[list[int], Prepared | None]] = []
+                for indices in parts(task, count):
+                    chosen = [rows[index] for index in indices]
+                    pieces.append((indices, self._model(task).prepare(chosen) if chosen else None))
+            else:
+                pieces = [([], None)] * (PARTS - 1) + [(list(range(count)), self._ready(task, split))]
+            self._pieces[task, split] = pieces
+        return self._pieces[task, split][turn]
 
     def _load(self, state: EncoderState) -> None:
         # One encoder serves every task, so loading it into one model, once all share it, loads it into all.

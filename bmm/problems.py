@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
 from bmm.progress import progress
 from bmm.regression.evidence import Evidence
@@ -19,7 +20,10 @@ from bmm.regression.moments import MINIMUM_ROUTED_ROWS, Moments, trusted
 from bmm.regression.posterior import Posterior, Pull, decompose, factor
 from bmm.weights import ExpertWeights
 
-GramOf = Callable[[int, str], torch.Tensor]
+Sums = tuple[float | None, tuple[tuple[str, float], ...]]
+"""What a sum of Gram matrices may be asked for beside its group: `ρ`, and a weight for each expert, by name."""
+AS_IT_IS: Sums = (None, ())
+GramOf = Callable[[int, str, Sums], torch.Tensor]
 TensorOf = Callable[[str], torch.Tensor]
 _LAST = 2
 """Groups that are held where not all are: a checkpoint names the maps of a layer one after the other."""
@@ -43,7 +47,7 @@ class Problems(Mapping[str, Problem]):
 
     Args:
         maps: all of them.
-        factored: gives the problems of the maps that read one input.
+        factored: gives the problems of the maps that read one input, with Gram matrices summed as asked.
         biases: whether biases are solved too, where there are some.
         keep: hold all of them, factored now, rather than the last few asked for.
     """
@@ -51,7 +55,7 @@ class Problems(Mapping[str, Problem]):
     def __init__(
         self,
         maps: Sequence[LinearMap],
-        factored: Callable[[Sequence[LinearMap]], Sequence[Problem]],
+        factored: Callable[[Sequence[LinearMap], Sums], Sequence[Problem]],
         *,
         biases: bool,
         keep: bool,
@@ -61,9 +65,12 @@ class Problems(Mapping[str, Problem]):
         self._groups: dict[str, list[LinearMap]] = {}
         for map_ in maps:
             self._groups.setdefault(map_.input_group, []).append(map_)
-        self._group = lru_cache(maxsize=None if keep else _LAST)(
-            lambda group: {problem.map.module: problem for problem in factored(self._groups[group])}
-        )
+
+        def solved(group: str, sums: Sums = AS_IT_IS) -> dict[str, Problem]:
+            return {problem.map.module: problem for problem in factored(self._groups[group], sums)}
+
+        self._group = lru_cache(maxsize=None if keep else _LAST)(solved)
+        self._other = lru_cache(maxsize=_LAST)(solved)
         if keep:
             with progress("factoring the Gram matrices", len(self._groups)) as bar:
                 for group in self._groups:
@@ -73,6 +80,10 @@ class Problems(Mapping[str, Problem]):
     def __getitem__(self, module: str) -> Problem:
         """Return one map's problem."""
         return self._group(self.maps[module].input_group)[module]
+
+    def at(self, module: str, sums: Sums) -> Problem:
+        """Return one map's problem with Gram matrices summed in this way, factored anew for each other way."""
+        return self[module] if sums == AS_IT_IS else self._other(self.maps[module].input_group, sums)[module]
 
     def __iter__(self) -> Iterator[str]:
         """Give the modules in the maps' order."""
@@ -103,12 +114,12 @@ def module_wise(
         maps: the maps to regress.
         weights: base and experts.
         anchor: gives the anchor's tensor by canonical name.
-        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, input group).
+        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, input group, how it is to be summed).
         rows: gives the number of rows behind all experts' Grams by input group.
         keep: hold all factors.
     """
 
-    def factored(members: Sequence[LinearMap]) -> list[Problem]:
+    def factored(members: Sequence[LinearMap], sums: Sums) -> list[Problem]:
         group = members[0].input_group
         size = members[0].inputs
         total = torch.zeros(size, size, dtype=torch.float64)
@@ -116,7 +127,7 @@ def module_wise(
         if members[0].index is None or rows(group) >= MINIMUM_ROUTED_ROWS:
             # One expert's Gram matrix at a time.
             for index in range(weights.count):
-                part = gram(index, group)
+                part = gram(index, group, sums)
                 total += part
                 for map_ in members:
                     pulls[map_.module].add(map_.matrix(partial(weights.expert, index), bias=False), part)
@@ -150,7 +161,9 @@ def propagated(
         keep: hold all factors.
     """
 
-    def factored(members: Sequence[LinearMap]) -> list[Problem]:
+    def factored(members: Sequence[LinearMap], sums: Sums) -> list[Problem]:
+        if sums != AS_IT_IS:
+            raise BMMError("the moments of a walk are sums already and cannot be weighted anew")
         group = members[0].input_group
         found = trusted(moments(group), members)
         spectrum = found.spectrum(f"the input of {group}")

@@ -153,6 +153,9 @@ class Requests:
         if regression.mode == "propagated":
             # The walk has its own.
             del given["grams"]
+        elif search.searches("rho"):
+            given["gram_parts"] = results["grams"].outputs["parts"]
+            settings["rho"] = getattr(self.recipe.grams, "rho", None)
         if not search.trials:
             # The settings of the search do not count where there is none, but for what the evidence asks of them.
             kept = {"per", "trials"} | ({"log10_lambda"} if regression.strength == "evidence" else set())

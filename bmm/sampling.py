@@ -27,7 +27,7 @@ from bmm.regression.sample import (
     spread_squared,
     standard_normal,
 )
-from bmm.search.space import Setting
+from bmm.search.setting import Setting
 from bmm.weights import ExpertWeights
 
 Settings = Mapping[str, Setting]

@@ -7,6 +7,7 @@ logged because nobody answered is `tasks.unsent`'s.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import time
@@ -188,6 +189,11 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
         for trial in trials
         if trial["objective"] is not None
     ]
+    # By place as well as by name, so that runs over different groups can be set beside each other.
+    metrics += [
+        Metric(_plain(f"search.importance.{entry['name']}"), entry["share"], now, place)
+        for place, entry in enumerate(document["search"].get("importance", ()))
+    ]
     parameters = [Param(name, str(value)[:500]) for name, value in sorted(_flat(_settings(document)).items())]
     client.log_batch(parent, metrics=metrics, params=parameters)
     with progress("logging to MLflow", len(trials) + 1) as bar:
@@ -197,11 +203,13 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
             ).info.run_id
             measured = {f"validation.{task}": value for task, value in trial["tasks"].items()}
             if trial["objective"] is not None:
-                measured["objective"] = trial["objective"]
+                measured |= {"objective": trial["objective"], "seen": trial["seen"]}
+            if trial["variance"] is not None:
+                measured["objective.standard_error"] = math.sqrt(trial["variance"])
             chosen = {
                 f"{what}.{group}": "inf" if value is None else value
                 for group, setting in trial["settings"].items()
-                for what, value in setting.items()
+                for what, value in _flat(setting).items()
             }
             client.log_batch(
                 child,
@@ -209,7 +217,7 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
                 params=[Param(_plain(name), str(value)) for name, value in chosen.items()],
                 tags=[RunTag("bmm.origin", trial["origin"]), RunTag("bmm.state", trial["state"])],
             )
-            client.set_terminated(child, "FINISHED" if trial["state"] == "complete" else "FAILED")
+            client.set_terminated(child, "FAILED" if trial["state"] == "failed" else "FINISHED")
             bar.advance()
         _log_artifacts(client, parent, document, model)
         bar.advance()

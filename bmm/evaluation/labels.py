@@ -10,9 +10,38 @@ import re
 from collections.abc import Callable, Sequence
 
 from bmm.errors import DataError
+from bmm.evaluation.data import Columns
 
 _GENERIC = re.compile(r"(?:label_)?(\d+)", re.IGNORECASE)
 _SHOWN_CLASSES = 8
+
+
+NO_LABEL = -1
+"""The class id of a row whose label is not read."""
+
+
+def class_ids(columns: Columns, labels: Sequence[str], *, labelled: bool, in_order: bool = False) -> list[int]:
+    """Return the class id of every row of a table whose labels are in the column `label`; see `label_ids`.
+
+    Args:
+        columns: of the split.
+        labels: the expert's class names.
+        labelled: whether the rows' labels were read; else each is `NO_LABEL`.
+        in_order: as of `label_ids`.
+
+    Raises:
+        DataError: as `label_ids` raises it.
+    """
+    if not labelled:
+        return [NO_LABEL] * len(columns.numbers)
+    return label_ids(
+        columns.values["label"],
+        labels,
+        columns.spot,
+        numbers=columns.numbers,
+        feature=getattr(columns.features["label"], "names", None),
+        in_order=in_order,
+    )
 
 
 def label_ids(

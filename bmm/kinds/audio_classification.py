@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.evaluation.data import Split, read_columns
-from bmm.evaluation.labels import label_ids
+from bmm.evaluation.labels import class_ids
 from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.scores import CLASSIFICATION
 from bmm.kinds.files import read_files, write_files
@@ -35,14 +35,10 @@ class AudioClassificationKind(Kind):
         self, source: SplitSource, task: AudioClassification, labels: Sequence[str], folder: Path, where: str
     ) -> Split:
         """Read one split: sounds, checked, and their class ids."""
-        columns = read_columns(source, {"audio": task.audio, "label": task.label}, folder, where)
-        ids = label_ids(
-            columns.values["label"],
-            labels,
-            columns.spot,
-            numbers=columns.numbers,
-            feature=getattr(columns.features["label"], "names", None),
+        columns = read_columns(
+            source, {"audio": task.audio, "label": task.label if source.labelled else None}, folder, where
         )
+        ids = class_ids(columns, labels, labelled=source.labelled)
         return Split(where, decoded_sounds(columns, ids, folder))
 
     @override

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model
 from bmm.part import Part
 
 DEFAULT_KIND = "text-classification"
-SPLITS = {"calibration", "validation", "test"}
+SPLITS = {"calibration", "validation", "test", "unlabelled"}
 # The file that says how images become pixel values, and sounds features.
 PROCESSOR = "preprocessor_config.json"
 # The settings that name a column of files.
@@ -38,6 +38,20 @@ class SplitSource(Part):
     seed: int = Field(default=0, ge=0)
     skip: int = Field(default=0, ge=0, description="rows of the seed's order to leave out before the sample")
 
+    @property
+    def labelled(self) -> bool:
+        """Whether rows have a label."""
+        return True
+
+
+class UnlabelledSource(SplitSource):
+    """Rows without a label, or whose label is not read."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether rows have a label."""
+        return False
+
 
 ClassMetric = Annotated[
     Literal["accuracy", "f1", "f1-macro", "matthews"],
@@ -56,7 +70,17 @@ class _Task(Part):
         return {name: source for name, source in named.items() if source is not None}
 
 
-class TextClassification(_Task):
+class _Classes(_Task):
+    unlabelled: UnlabelledSource | None = Field(
+        default=None, description="rows without labels that the search is steered by where its objective is agreement"
+    )
+
+    def splits(self) -> dict[str, SplitSource]:
+        """Return the splits that there are, by name, in a fixed order."""
+        return super().splits() | ({} if self.unlabelled is None else {"unlabelled": self.unlabelled})
+
+
+class TextClassification(_Classes):
     """One text (or pair of texts) a row, one label out of a fixed set."""
 
     kind: Literal["text-classification"] = "text-classification"
@@ -68,7 +92,7 @@ class TextClassification(_Task):
 
 
 # Every kind but the default must be named, so that in the published schema exactly one fits.
-class ImageClassification(_Task):
+class ImageClassification(_Classes):
     """One image a row, one label out of a fixed set."""
 
     kind: Literal["image-classification"]
@@ -79,7 +103,7 @@ class ImageClassification(_Task):
     metric: ClassMetric = "accuracy"
 
 
-class AudioClassification(_Task):
+class AudioClassification(_Classes):
     """One sound a row, one label out of a fixed set."""
 
     kind: Literal["audio-classification"]
@@ -114,7 +138,7 @@ class TextRegression(_Task):
     metric: Literal["pearson", "spearman"] = "pearson"
 
 
-class ZeroShotImageClassification(_Task):
+class ZeroShotImageClassification(_Classes):
     """One image a row and one of the classes that are named here, compared with what the base makes of their names."""
 
     kind: Literal["zero-shot-image-classification"]

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.evaluation.data import Split, read_columns
-from bmm.evaluation.labels import label_ids
+from bmm.evaluation.labels import class_ids
 from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.scores import CLASSIFICATION
 from bmm.kinds.interface import Kind
@@ -31,15 +31,9 @@ class TextClassificationKind(Kind):
         self, source: SplitSource, task: TextClassification, labels: Sequence[str], folder: Path, where: str
     ) -> Split:
         """Read one split: texts, checked, and their class ids."""
-        wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label}
+        wanted = {"text": task.text, "text_pair": task.text_pair, "label": task.label if source.labelled else None}
         columns = read_columns(source, wanted, folder, where)
-        ids = label_ids(
-            columns.values["label"],
-            labels,
-            columns.spot,
-            numbers=columns.numbers,
-            feature=getattr(columns.features["label"], "names", None),
-        )
+        ids = class_ids(columns, labels, labelled=source.labelled)
         return Split(where, text_rows(columns, ids))
 
     @override

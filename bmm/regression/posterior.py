@@ -86,6 +86,16 @@ class Posterior:
         pull = shrunk.to(torch.float32) @ self.spectrum.eigenvectors.to(torch.float32).T
         return pull.add_(self.anchor)
 
+    def around(self, anchor: Tensor) -> Posterior:
+        """Return the posterior of the same data around another anchor (out, in): one matrix product.
+
+        `P' = P + (W_a − W_a') U diag(s)`, as `Σ (W_t − W_a') G_t = Σ (W_t − W_a) G_t + (W_a − W_a') Σ G_t`.
+        """
+        moved = anchor.to(torch.float64)
+        spectrum = self.spectrum
+        shift = (self.anchor - moved) @ spectrum.eigenvectors
+        return Posterior(spectrum, moved, self.projection + shift * spectrum.eigenvalues)
+
     def condition(self, lam: float) -> float:
         """Return the condition number `(s_max + λ̄)/(s_min + λ̄)` of the matrix that `mean` inverts.
 

@@ -21,7 +21,8 @@ WIDTH = 7.2  # inches; shown 700 pixels wide, 9-point type is then about 12 pixe
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness when printed grey.
 COLOURS = {"base": "#c4c4c4", "anchor": "#e69f00", "merged": "#0072b2", "expert": "#4d4d4d"}
 ORIGIN_COLOURS = {"anchor": "#b57a00", "global": "#009e73", "sobol": "#7a7a7a", "bayesian": "#0072b2"}
-ORIGIN_MARKERS = {"anchor": "D", "global": "s", "sobol": "o", "bayesian": "^"}
+ORIGIN_COLOURS |= {"random": "#7a7a7a", "cma-es": "#56b4e9"}
+ORIGIN_MARKERS = {"anchor": "D", "global": "s", "sobol": "o", "bayesian": "^", "random": "o", "cma-es": "v"}
 OTHER_COLOUR, OTHER_MARKER = "#cc79a7", "v"
 INK, MUTED, GRID = "#222222", "#666666", "#e2e2e2"
 

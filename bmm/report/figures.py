@@ -1,19 +1,16 @@
-"""The figures of a report: task bars, methods, search progress, λ by depth and type.
+"""The figures of a report: task bars and methods, and by name those of the search and of λ by depth and type.
 
 `figures` gives them as SVG text, `png` one of them as bytes, `build` as figure objects; each figure exists
-only when the document has data for it. Style and encoding are in drawing.py, the λ map in heatmap.py.
+only when the document has data for it. Style and encoding are in drawing.py, the search's figures in
+search_figures.py, the λ map in heatmap.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from statistics import quantiles
-from typing import Any
+from collections.abc import Callable
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
 
 from bmm.errors import BMMError
 from bmm.report import findings
@@ -22,11 +19,6 @@ from bmm.report.drawing import (
     GRID,
     INK,
     MUTED,
-    ORIGIN_COLOURS,
-    ORIGIN_MARKERS,
-    OTHER_COLOUR,
-    OTHER_MARKER,
-    WIDTH,
     canvas,
     png_bytes,
     shorten,
@@ -35,11 +27,14 @@ from bmm.report.drawing import (
 )
 from bmm.report.findings import Document
 from bmm.report.heatmap import lambda_map
+from bmm.report.search_figures import importance_bars, search_progress, trade_offs
 
 TITLES = {
     "tasks": "Test scores by task: base, anchor, merged and expert",
     "methods": "Share of the experts' mean test score, by method",
     "search": "Search progress: objective of each trial",
+    "importance": "What mattered in the search",
+    "trades": "The mean of the tasks against the worst of them, by trial",
     "lambda": "Prior strength by layer and module type",
 }
 
@@ -168,122 +163,17 @@ def method_dots(document: Document) -> Figure | None:
     return figure
 
 
-def search_progress(document: Document) -> Figure | None:
-    """Draw the objective of each trial by origin, the best so far, and the anchor's level."""
-    trials = findings.finished_trials(document)
-    if not trials:
-        return None
-    figure, axes = canvas(3.4)
-    axes.spines["left"].set_visible(True)
-    indices = [trial["index"] for trial in trials]
-    values = [100 * trial["objective"] for trial in trials]
-    floor = _floor(values)
-    best = [max(values[: position + 1]) for position in range(len(values))]
-    right = max(indices) + 0.8
-    axes.step([*indices, right], [*best, best[-1]], where="post", color=INK, linewidth=1.2, zorder=2)
-    origins = list(dict.fromkeys(str(trial.get("origin", "unknown")) for trial in trials))
-    for origin in origins:
-        colour = ORIGIN_COLOURS.get(origin, OTHER_COLOUR)
-        marker = ORIGIN_MARKERS.get(origin, OTHER_MARKER)
-        of_origin = [(i, v) for i, v, t in zip(indices, values, trials, strict=True) if t.get("origin") == origin]
-        inside = [(i, v) for i, v in of_origin if v >= floor]
-        axes.plot(*_columns(inside), marker, color=colour, markersize=6, markeredgecolor="white", zorder=3)
-        for index, value in of_origin:
-            if value < floor:
-                axes.annotate(
-                    f"{value:.0f} ↓", (index, floor), ha="center", va="bottom", size=7, color=colour, zorder=3
-                )
-    top = max(values)
-    span = max(top - floor, 0.5)
-    axes.set_ylim(floor - 0.06 * span, top + 0.10 * span)
-    axes.set_xlim(min(indices) - 0.8, right)
-    _label_levels(axes, document, best[-1], right)
-    _label_origins(axes, trials, origins)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    axes.set_xlabel("trial")
-    axes.set_ylabel("share of the experts'\nvalidation score, %")
-    return figure
-
-
-def _label_levels(axes: Axes, document: Document, best: float, right: float) -> None:
-    """Name the best value and the anchor's level at the right edge, moved apart where they are near."""
-    low, high = axes.get_ylim()
-    levels = {"best": best}
-    anchor = next((t for t in findings.finished_trials(document) if t.get("origin") == "anchor"), None)
-    if anchor is not None:
-        levels["anchor"] = 100 * anchor["objective"]
-        colour = ORIGIN_COLOURS["anchor"]
-        axes.axhline(levels["anchor"], color=colour, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
-    least = 0.075 * (high - low)
-    shown = dict(levels)
-    if "anchor" in shown and shown["best"] - shown["anchor"] < least:
-        shown["anchor"] = shown["best"] - least
-    for name, level in levels.items():
-        colour = INK if name == "best" else ORIGIN_COLOURS["anchor"]
-        axes.annotate(
-            f"{name} {level:.1f}",
-            (right, shown[name]),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-        )
-
-
-def _label_origins(axes: Axes, trials: list[Mapping[str, Any]], origins: list[str]) -> None:
-    """Name each origin above its first trial, in its colour, in as many rows as keep the names apart."""
-    low, high = axes.get_xlim()
-    character = 0.095 * (high - low) / (WIDTH - 1.6)
-    row_ends: list[float] = []
-    for origin in origins:
-        first = next(t["index"] for t in trials if str(t.get("origin", "unknown")) == origin)
-        start = first - 0.3
-        text = ORIGIN_NAMES.get(origin, shorten(origin, 20))
-        start = max(low, min(start, high - character * len(text)))
-        row = next((r for r, end in enumerate(row_ends) if end < start), len(row_ends))
-        row_ends[row:] = [start + character * (len(text) + 1), *row_ends[row + 1 :]]
-        colour = ORIGIN_COLOURS.get(origin, OTHER_COLOUR)
-        axes.annotate(
-            text,
-            (start, 1.0),
-            (0, 4 + 12 * row),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            color=colour,
-            weight="bold",
-            size=8.5,
-            parse_math=False,
-        )
-
-
-def _floor(values: list[float]) -> float:
-    """Return where the axis may end below, so that one hopeless trial does not flatten all the others."""
-    if len(values) < 4:
-        return min(values)
-    lower = quantiles(values, n=4)[0]
-    return max(min(values), lower - 3 * max(max(values) - lower, 0.5))
-
-
-def _columns(pairs: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
 def _metric_label(document: Document) -> str:
     names = sorted({str(entry.get("metric", "score")) for entry in findings.tasks(document).values()})
     return f"test {' / '.join(names)}, %  ({findings.confidence(document)} intervals)"
 
 
 _HALO = [withStroke(linewidth=2.6, foreground="white")]  # a dark whisker must show on a dark bar
-ORIGIN_NAMES = {
-    "anchor": "◆ anchor",
-    "global": "■ one λ for all",
-    "sobol": "● Sobol",
-    "bayesian": "▲ Bayesian",
-}
 _BUILDERS: dict[str, Callable[[Document], Figure | None]] = {
     "tasks": task_bars,
     "methods": method_dots,
     "search": search_progress,
+    "importance": importance_bars,
+    "trades": trade_offs,
     "lambda": lambda_map,
 }

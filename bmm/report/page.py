@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bmm.report import findings
+from bmm.report import findings, search_findings
 from bmm.report.figures import TITLES, figures
 from bmm.report.findings import Document
 from bmm.report.takeaways import takeaways
@@ -41,6 +41,7 @@ def environment(*, autoescape: bool) -> Environment:
         points=findings.points,
         interval=findings.interval_text,
         lambda_text=findings.lambda_text,
+        further=search_findings.further_text,
         general=lambda value: "–" if value is None else f"{value:.3g}",
         seconds=duration,
         grouped=lambda value: "–" if value is None else f"{value:,}",
@@ -74,6 +75,8 @@ def report_page(document: Document) -> str:
         "trials": [known(trial, TRIAL_KEYS) for trial in search.get("trials") or []],
         "best": known(search.get("best") or {}, ("index", "settings")),
         "data": {task: splits for task, splits in (document.get("data") or {}).items() if splits},
+        "further": any(map(search_findings.further_text, ((search.get("best") or {}).get("settings") or {}).values())),
+        "objective_scale": search_findings.objective_scale(document),
         "searched": findings.strength_rule(document) == "search",
         "stages": {
             name: known(stage, ("state", "seconds", "key")) for name, stage in (document.get("stages") or {}).items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmm.report import findings
+from bmm.report import findings, search_findings
 from bmm.report.findings import Document
 
 
@@ -12,6 +12,8 @@ def takeaways(document: Document) -> dict[str, str]:
         "tasks": tasks_sentence(document),
         "methods": methods_sentence(document),
         "search": search_sentence(document),
+        "importance": importance_sentence(document),
+        "trades": trades_sentence(document),
         "lambda": lambda_sentence(document),
     }
     return {name: sentence for name, sentence in sentences.items() if sentence}
@@ -70,15 +72,50 @@ def search_sentence(document: Document) -> str:
     if not trials or best is None:
         return ""
     sentence = (
-        f"Trial {best['index']} ({best.get('origin', 'unknown')}) was taken of {len(trials)}: it keeps "
-        f"{findings.percent(best['objective'])} of the experts' validation {findings.metric_word(document)}"
+        f"Trial {best['index']} ({best.get('origin', 'unknown')}) was taken of {len(trials)}: it has "
+        f"{search_findings.objective_text(document, best['objective'])}"
     )
     anchor = next((trial for trial in trials if trial.get("origin") == "anchor"), None)
     if anchor is not None and anchor["index"] != best["index"]:
-        gain = findings.points(best["objective"] - anchor["objective"])
-        sentence += f", {gain} points against the anchor"
+        gain = best["objective"] - anchor["objective"]
+        share = search_findings.objective_scale(document) == 100
+        sentence += (
+            f", {findings.points(gain)} points against the anchor" if share else f", {gain:+.3f} with the anchor's"
+        )
+    stopped = sum(trial.get("state") == "stopped" for trial in trials)
+    if stopped:
+        sentence += f"; {stopped} {'was' if stopped == 1 else 'were'} stopped early (hollow), as they could not win"
     failed = len(document["search"]["trials"]) - len(trials)
     return sentence + (f"; {failed} more gave no result." if failed else ".")
+
+
+def importance_sentence(document: Document) -> str:
+    """Say which hyperparameter mattered most."""
+    found = (document.get("search") or {}).get("importance") or []
+    if not found:
+        return ""
+    first = found[0]
+    sentence = f"Most of the search's ups and downs come from {first['name']} ({100 * first['share']:.0f} %)"
+    if len(found) > 1:
+        rest = found[1]
+        sentence += f", then from {rest['name']} ({100 * rest['share']:.0f} %)"
+    return sentence + "; shares are of a model fitted to the trials, and overlap where settings act together."
+
+
+def trades_sentence(document: Document) -> str:
+    """Say which two tasks were traded against each other."""
+    if not search_findings.comparable_trials(document):
+        return ""
+    opposed = search_findings.opposed_tasks(document)
+    if opposed is None:
+        return (
+            "No two tasks are traded against each other: what is good for one is good for the others, or indifferent."
+        )
+    one, other, value = opposed
+    return (
+        f"What is good for {one} tends to be bad for {other} (correlation {value:.2f} over the trials); the line joins "
+        "the trials that no other one beats in both."
+    )
 
 
 def lambda_sentence(document: Document) -> str:

@@ -6,7 +6,7 @@ rows have, as is usual in noisy Bayesian optimisation (Frazier, arXiv 1807.02811
 standard error of the highest, one of the plain ones is taken if there is any: one `λ` for all groups and `γ = 1`
 (the one-standard-error rule: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 7.10). Only trials
 that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
-validation rows.
+validation rows; and where tasks have floors, those that keep them, or else those that miss them by least.
 """
 
 from __future__ import annotations
@@ -14,64 +14,94 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bmm.search.propose import fitted, reproducible, trial_seed
-from bmm.search.study import Trial, best_of
+from bmm.search.model import (
+    fitted,
+    inside,
+    numerical_errors,
+    outcomes_of,
+    points_of,
+    reproducible,
+    variances_of,
+)
+from bmm.search.plan import Plan, trial_seed
+from bmm.search.space import Space
+from bmm.search.trial import Trial, best_of
 
 
-def recommended(
-    trials: Sequence[Trial], seed: int, noise: float | None, reference: float | None = None
-) -> Trial | None:
+def recommended(space: Space, trials: Sequence[Trial], plan: Plan) -> Trial | None:
     """Return the trial to publish, or None where none is complete.
 
+    Of plain settings that of a walk through the network is preferred: at another `λ` a layer is solved from inputs that
+    the layers before it no longer give.
+
     Args:
+        space: what was searched.
         trials: all of a study, the anchor first.
-        seed: the search's.
-        noise: the objective's variance; without it the luckiest trial is taken.
-        reference: the `λ` that a walk through the network went on with. At another one a layer is solved from inputs
-            that the layers before it no longer give, so of the plain settings this one is preferred.
+        plan: the search's; where the noise of the rows is not known, the luckiest trial is taken.
     """
-    best = best_of(tuple(trials))
-    complete = [trial for trial in trials if trial.objective is not None]
-    if best is None or noise is None or len(complete) < 3:
+    elected = _electable(trials, plan)
+    best = best_of(elected)
+    noise = None if best is None else plan.noise if plan.noise is not None else best.variance
+    if best is None or noise is None or sum(trial.objective is not None for trial in trials) < 3:
         return best
-    floor = complete[0].objective
-    elected = [place for place, trial in enumerate(complete) if _at_least(trial, floor)]
-    means = _smoothed(complete, trial_seed(seed, 0, "recommend"), noise)
+    means = _smoothed(space, trials, plan)
     if means is None:
         return best
-    highest = max(means[place] for place in elected)
-    plain = [place for place in elected if complete[place].origin in ("anchor", "global")]
-    near = [place for place in plain if means[place] >= highest - math.sqrt(noise)]
-    own = [place for place in near if _is_all(complete[place], reference)]
-    return complete[max(own or near or elected, key=lambda place: (means[place], -place))]
+    # What lies outside of the cube (the anchor, sometimes) stands as it was measured.
+    worth = {trial.index: means.get(trial.index, trial.objective or 0.0) for trial in elected}
+    highest = max(worth.values())
+    plain = [trial for trial in elected if trial.origin in ("anchor", "global")]
+    near = [trial for trial in plain if worth[trial.index] >= highest - math.sqrt(noise)]
+    own = [trial for trial in near if _is_of_walk(space, trial, plan)]
+    return max(own or near or elected, key=lambda trial: (worth[trial.index], -trial.index))
 
 
-def _is_all(trial: Trial, reference: float | None) -> bool:
-    """Say whether every group has this `λ`, and `γ = 1`."""
-    return all(
-        reference is not None and math.isclose(setting.lam, reference, rel_tol=1e-9) and setting.gamma == 1
-        for setting in trial.settings.values()
-    )
+def pareto_front(trials: Sequence[Trial], plan: Plan) -> list[Trial]:
+    """Return the complete trials that no other one beats in the objective and the worst task alike, best first."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    found: list[Trial] = []
+    highest = -math.inf
+    for trial in sorted(complete, key=lambda trial: (-float(trial.objective or 0.0), -plan.worst(trial), trial.index)):
+        if plan.worst(trial) > highest:
+            found.append(trial)
+            highest = plan.worst(trial)
+    return found
 
 
-def _at_least(trial: Trial, floor: float | None) -> bool:
-    return trial.objective is not None and floor is not None and trial.objective >= floor
+def _electable(trials: Sequence[Trial], plan: Plan) -> list[Trial]:
+    complete = [trial for trial in trials if trial.state == "complete" and trial.objective is not None]
+    if not complete:
+        return []
+    floor = float(complete[0].objective or 0.0)
+    elected = [trial for trial in complete if float(trial.objective or 0.0) >= floor]
+    if not plan.floors:
+        return elected
+    # A task's floor comes before the mean: the anchor may be one that sacrifices it.
+    least = min(plan.shortfall(trial) for trial in complete)
+    return [trial for trial in complete if plan.shortfall(trial) <= least]
 
 
-def _smoothed(trials: Sequence[Trial], seed: int, noise: float) -> list[float] | None:
-    """Return the posterior mean at each trial, to 9 digits, or None where the numbers fail."""
+def _is_of_walk(space: Space, trial: Trial, plan: Plan) -> bool:
+    return plan.reference is not None and trial.settings == space.plain(plan.reference)
+
+
+def _smoothed(space: Space, trials: Sequence[Trial], plan: Plan) -> dict[int, float] | None:
+    """Return the posterior mean at each trial by its index, to 9 digits, or None where the numbers fail."""
     import torch
-    from botorch.exceptions import BotorchError, ModelFittingError
 
-    points = torch.tensor([trial.point for trial in trials], dtype=torch.float64)
-    outcomes = torch.tensor([trial.objective for trial in trials], dtype=torch.float64).unsqueeze(-1)
+    known = inside(space, [trial for trial in trials if trial.objective is not None])
+    if len(known) < 2:
+        return None
+    points, outcomes = points_of(known), outcomes_of(known, lambda trial: float(trial.objective or 0.0))
     if float(outcomes.max() - outcomes.min()) == 0:
         return None
     try:
-        with reproducible(seed), torch.no_grad():
+        with reproducible(trial_seed(plan.seed, 0, "recommend")), torch.no_grad():
             with torch.enable_grad():
-                model = fitted(points, outcomes, noise)
+                model = fitted(points, outcomes, variances_of(known, plan.noise))
             means = model.posterior(points).mean.squeeze(-1)
-    except (BotorchError, ModelFittingError, ArithmeticError, RuntimeError, ValueError):
+    except numerical_errors():
         return None
-    return None if not bool(torch.isfinite(means).all()) else [round(value, 9) for value in means.tolist()]
+    if not bool(torch.isfinite(means).all()):
+        return None
+    return {trial.index: round(value, 9) for trial, value in zip(known, means.tolist(), strict=True)}

@@ -1,12 +1,13 @@
-"""The durable log of a search: one JSON line a trial, on disk before the next trial begins.
+"""The durable log of a search: one JSON line a trial, on disk as soon as the trial is finished.
 
-Only the log lives here: what a trial is, how it is written and read back exactly. Which trial comes next is
+Only the log lives here: how trials (`bmm.search.trial`) are written and read back exactly. Which trial comes next is
 decided in `bmm.search.propose`, and `bmm.search.run` evaluates it.
 
+Trials that are evaluated side by side are logged as they finish, so lines need not be in the order of their indices.
 A line is good when it is byte for byte what this module would write for what the line says, checksum
-included. On opening, everything from the first line that is not good is cut off: a write that a kill tore,
-a flipped bit, a line out of turn. A trial is a pure function of those before it, so what is cut off is
-found again by going on.
+included, and its trial is not logged before it. On opening, everything from the first line that is not good is cut
+off: a write that a kill tore, a flipped bit, a line that stands twice. A trial is a pure function of those that were
+finished when it was proposed, so what is cut off is found again by going on.
 
 One process writes a study at a time; the artefact store's lock on the search stage sees to that. An
 `append` that finds the file longer or shorter than it left it refuses to write.
@@ -18,83 +19,16 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bmm.digest import canonical_json, digest_json
 from bmm.errors import BMMError, OutputError
-from bmm.search.space import Point, Setting
+from bmm.search.trial import Trial, best_of
 
-SCHEMA = 1
-
-Origin = Literal["anchor", "global", "sobol", "bayesian"]
-State = Literal["complete", "failed"]
+SCHEMA = 2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated setting of every module group.
-
-    `objective` is what is maximised, None for a failed trial, whose `reason` says why; `tasks` holds the
-    metric of each task; `point` is the place in the unit cube; `seed` is the trial's own, drawn from the
-    study's. Groups and tasks are put in order, so that a trial read back yields the same documents as the
-    one that was written.
-    """
-
-    index: int
-    origin: Origin
-    settings: Mapping[str, Setting]
-    objective: float | None
-    tasks: Mapping[str, float]
-    point: Point
-    state: State
-    reason: str | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        set_field = object.__setattr__
-        set_field(self, "settings", dict(sorted(self.settings.items())))
-        set_field(self, "tasks", {task: float(value) for task, value in sorted(self.tasks.items())})
-        set_field(self, "point", tuple(float(value) for value in self.point))
-        set_field(self, "objective", None if self.objective is None else float(self.objective))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the trial as JSON values; floats keep every bit, an infinite λ becomes null."""
-        return {
-            "index": self.index,
-            "origin": self.origin,
-            "state": self.state,
-            "settings": {group: setting.to_json() for group, setting in self.settings.items()},
-            "objective": self.objective,
-            "tasks": dict(self.tasks),
-            "point": list(self.point),
-            "reason": self.reason,
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Trial:
-        """Return the trial that `to_json` wrote."""
-        return cls(
-            index=value["index"],
-            origin=value["origin"],
-            settings={group: Setting.from_json(setting) for group, setting in value["settings"].items()},
-            objective=value["objective"],
-            tasks=value["tasks"],
-            point=value["point"],
-            state=value["state"],
-            reason=value["reason"],
-            seed=value["seed"],
-        )
-
-
-def best_of(trials: tuple[Trial, ...]) -> Trial | None:
-    """Return the complete trial with the highest objective, the earliest of equals; None without one."""
-    complete = [trial for trial in trials if trial.state == "complete" and trial.objective is not None]
-    return max(complete, key=lambda trial: (trial.objective, -trial.index), default=None)
 
 
 class Study:
@@ -102,7 +36,7 @@ class Study:
 
     def __init__(self, path: Path, trials: list[Trial], size: int) -> None:
         self._path = path
-        self._trials = trials
+        self._trials = {trial.index: trial for trial in trials}
         self._size = size
 
     @property
@@ -112,8 +46,14 @@ class Study:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """Every trial on disk, by index from 0 without gaps."""
-        return tuple(self._trials)
+        """Every trial on disk, by index; those that were under way beside them at a kill are missing."""
+        return tuple(self._trials[index] for index in sorted(self._trials))
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._trials
+
+    def __getitem__(self, index: int) -> Trial:
+        return self._trials[index]
 
     @property
     def best(self) -> Trial | None:
@@ -153,9 +93,9 @@ class Study:
         size += len(header)
         if size < len(content):
             logger.warning(
-                "the study log %s is damaged after trial %d; its last %d bytes are cut off",
+                "the study log %s is damaged after %d trials; its last %d bytes are cut off",
                 path,
-                len(trials) - 1,
+                len(trials),
                 len(content) - size,
             )
             _shorten(path, size)
@@ -181,14 +121,14 @@ class Study:
         return cls(path, [], len(header))
 
     def append(self, trial: Trial) -> None:
-        """Add the next trial; it is on disk when this returns.
+        """Add a trial; it is on disk when this returns.
 
         Raises:
-            BMMError: the trial is not the next one, or another process has changed the file.
+            BMMError: the trial is there already, or another process has changed the file.
             OutputError: the file cannot be written; the trials before it are kept.
         """
-        if trial.index != len(self._trials):
-            raise BMMError(f"trial {trial.index} is not the next one of the study {self._path}")
+        if trial.index in self._trials:
+            raise BMMError(f"trial {trial.index} is in the study {self._path} already")
         line = _line("trial", trial.to_json())
         try:
             # Unbuffered, so that closing after a failure does not write what was left of the line.
@@ -205,7 +145,7 @@ class Study:
                     raise
         except OSError as error:
             raise OutputError(f"the study log {self._path} cannot be written: {error.strerror}") from error
-        self._trials.append(trial)
+        self._trials[trial.index] = trial
         self._size += len(line)
 
 
@@ -228,15 +168,20 @@ def _read(line: bytes, kind: str) -> dict[str, Any] | None:
 def _read_trials(content: bytes) -> tuple[list[Trial], int]:
     """Return the trials up to the first line that is not good, and the number of bytes that they take."""
     trials: list[Trial] = []
+    seen: set[int] = set()
     size = 0
     for line in content.splitlines(keepends=True):
         value = _read(line, "trial")
-        if value is None or value.get("index") != len(trials):
+        if value is None:
             break
         try:
-            trials.append(Trial.from_json(value))
+            trial = Trial.from_json(value)
         except (KeyError, TypeError, ValueError, AttributeError, BMMError):
             break
+        if trial.index in seen:
+            break
+        seen.add(trial.index)
+        trials.append(trial)
         size += len(line)
     return trials, size
 

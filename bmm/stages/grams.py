@@ -198,13 +198,20 @@ def grams(work: Work, request: Request) -> dict[str, Any]:
         case "task-vectors":
             made = from_task_vectors(work, setup)
         case "hybrid":
-            activations = _from_activations(work, request, setup)
-            made = blended(work, setup, activations, from_task_vectors(work, setup), request.settings["rho"])
+            parts = {"activations": _from_activations(work, request, setup)}
+            parts["task-vectors"] = from_task_vectors(work, setup)
+            made = blended(work, setup, parts["activations"], parts["task-vectors"], request.settings["rho"])
+            # A search for the share of each needs them apart.
+            return {"experts": _said(made), "parts": {source: _said(part) for source, part in parts.items()}}
         case "artifact":
             made = given(work, request, setup)
         case _:
             made = _from_activations(work, request, setup)
-    return {"experts": {name: reference.to_json() for name, reference in made.items()}}
+    return {"experts": _said(made)}
+
+
+def _said(made: Mapping[str, Reference]) -> dict[str, dict[str, str]]:
+    return {name: reference.to_json() for name, reference in made.items()}
 
 
 def _from_activations(work: Work, request: Request, setup: Setup) -> dict[str, Reference]:

@@ -18,6 +18,12 @@ def panel_of(work: Work, request: Request, setup: Setup) -> Panel:
 
 def expert_predictions(setup: Setup, panel: Panel, split: str) -> dict[str, Measured]:
     """Return, for each task, what its own expert's answers are worth."""
+    answers = expert_answers(setup, panel, split)
+    return {task: panel.measured(task, split, found) for task, found in answers.items()}
+
+
+def expert_answers(setup: Setup, panel: Panel, split: str) -> dict[str, torch.Tensor]:
+    """Return, for each task, what its own expert answers."""
     found = {}
     with setup.weights() as weights:
         for index, expert in enumerate(setup.experts):
@@ -25,6 +31,6 @@ def expert_predictions(setup: Setup, panel: Panel, split: str) -> dict[str, Meas
             def state(index: int = index) -> dict[str, torch.Tensor]:
                 return {name: weights.expert(index, name) for name in weights.names()}
 
-            answers = panel.predictions(expert.model.digest, state, [expert.name], split, f"expert {expert.name}")
+            answers = panel.logits(expert.model.digest, state, [expert.name], split, f"expert {expert.name}")
             found[expert.name] = answers[expert.name]
     return found

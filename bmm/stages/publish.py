@@ -34,8 +34,8 @@ from bmm.sizes import parse_bytes
 from bmm.sources import Model
 from bmm.stages.alone import anchor_alone
 from bmm.stages.anchor import published_dtypes
+from bmm.stages.objective import DTYPES
 from bmm.stages.request import COVERAGE, Request, Work
-from bmm.stages.search import DTYPES
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Draft, Reference
 from bmm.threads import one_thread

@@ -34,13 +34,14 @@ from bmm.prediction import Panel, StoredWeights
 from bmm.publication import holds
 from bmm.recipe import EvaluationSettings
 from bmm.sampling import Noise, Sampler, module_wise_noise, propagated_noise
-from bmm.search.space import Setting
+from bmm.search.setting import Setting
 from bmm.sources import Model
 from bmm.stages.anchor import published_dtypes
+from bmm.stages.assembling import assembler_of, gram_readers, module_groups
+from bmm.stages.objective import DTYPES
 from bmm.stages.panel import panel_of
 from bmm.stages.propagation import walk
 from bmm.stages.request import Request, Result, Work
-from bmm.stages.search import DTYPES, assembler_of, gram_readers, module_groups
 from bmm.stages.setup import setup_of
 from bmm.store import Draft, Reference
 

@@ -1,50 +1,62 @@
 """Stage 5, search: the posterior's hyperparameters, chosen on the validation rows, or without a search where told.
 
-Puts together the assembly of weights, the panel of tasks and the durable study; the chosen weights are written here,
-in the dtype in which they will be published, so that what is tested later is what was found.
+Puts together the assembly of weights, the objective and the durable study; the chosen weights are written here, in the
+dtype in which they will be published, so that what is tested later is what was found.
+
+A finished study stays in the store as an artefact of its own, known by all that its trials depend on but not by how
+many there may be: a search with a larger budget carries on from it, and ends as if it had run in one go.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bmm.assembly import Assembler, Solved
-from bmm.errors import CheckpointError
-from bmm.evaluation.metrics import mean_ratio_to_expert
-from bmm.grams.store import GramReader
+from bmm.cluster.connection import workers
+from bmm.cluster.run import run_all
+from bmm.cluster.settings import ClusterSettings
+from bmm.digest import digest_json
+from bmm.errors import ArtefactDamagedError
+from bmm.evaluation.objectives import Gains
 from bmm.prediction import StoredWeights
-from bmm.problems import module_wise, propagated
 from bmm.progress import progress
-from bmm.regression.settings import RegressionSettings
-from bmm.search.run import Outcome, search
-from bmm.search.settings import Per, SearchSettings
-from bmm.search.space import ModulePlace, Setting, Space, groups_of
+from bmm.search.importance import importance
+from bmm.search.outcome import Evaluate, Outcome
+from bmm.search.plan import Plan
+from bmm.search.recommend import pareto_front
+from bmm.search.run import Found, search
+from bmm.search.setting import ANCHOR, Setting
+from bmm.search.settings import SearchSettings
+from bmm.search.space import Space
 from bmm.search.study import Study
-from bmm.stages.anchor import published_dtypes, write_state
-from bmm.stages.panel import expert_predictions, panel_of
-from bmm.stages.propagation import walk
+from bmm.stages.anchor import write_state
+from bmm.stages.assembling import assembler_of, check_coverage, module_groups
+from bmm.stages.objective import DTYPES, Objective
 from bmm.stages.request import Request, Work, version_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.stages.strength import check_groups, described, settings_without_search
-from bmm.store import Draft
+from bmm.stages.trial_part import TrialRequest, as_outcome, forget, trial_outcome
+from bmm.store import Draft, artefact_key
 from bmm.weights import ExpertWeights
 
-DTYPES = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""The recipe's words for a dtype, in safetensors' words; None is each parameter's own dtype in the base."""
-ANCHOR = Setting(math.inf, 1.0)
-"""Where a map keeps its anchor, bit for bit."""
+_STUDY = "study"
+_LOG = "trials.jsonl"
 
 
 def run_search(work: Work, request: Request) -> dict[str, Any]:
-    """Choose `λ` and `γ` per module group, by a search or as the recipe says, and write that model's encoder.
+    """Choose every module group's hyperparameters, by a search or as the recipe says, and write that model's encoder.
 
     Raises:
         CheckpointError: fewer of the weights can be regressed than the recipe demands.
-        RecipeError: the recipe's strengths are of other module groups.
+        RecipeError: the recipe's strengths, ranges or floors are of other module groups or tasks.
     """
     setup = setup_of(work, request)
     settings = SearchSettings.model_validate(request.settings["search"])
@@ -65,15 +77,9 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
     groups = module_groups(setup, settings.per)
     strength = request.settings["regression"]["lambda"]
     check_groups(strength, groups)
-    dtype = DTYPES[request.settings["dtype"]]
-    dtypes = published_dtypes(setup, dtype)
     with setup.weights() as weights:
         if settings.trials:
-            rest = {name: anchored(name).to(dtypes[name]) for name in weights.names()}
-            # The experts are looked at first: a task that none can do is told before the long part.
-            objective = _Objective(work, request, setup, groups, rest, dtypes)
-            assembler = assembler_of(work, request, setup, weights, anchored)
-            chosen, told = _searched(request, settings, draft, objective, assembler)
+            chosen, told, assembler = _searched(work, request, setup, settings, draft, weights, groups, anchored)
         else:
             assembler = assembler_of(work, request, setup, weights, anchored, keep=False)
             chosen = settings_without_search(
@@ -82,71 +88,104 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
             told = _without_search(settings, strength, chosen)
         rounds = request.settings["regression"].get("rounds", 1)
         treatments = anchor.read_json("treatments.json")
+        dtype = DTYPES[request.settings["dtype"]]
         _write_best(draft, setup, assembler, weights, treatments, groups, chosen, anchored, dtype, rounds)
         draft.write_json("search.json", told)
 
 
-class _Objective:
-    """What a setting is worth: the merged model's scores on the validation rows beside the experts'."""
-
-    def __init__(
-        self,
-        work: Work,
-        request: Request,
-        setup: Setup,
-        groups: Mapping[str, str],
-        rest: Mapping[str, torch.Tensor],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> None:
-        self.groups = groups
-        self._panel = panel_of(work, request, setup)
-        self._rest, self._dtypes = rest, dtypes
-        answers = expert_predictions(setup, self._panel, "validation")
-        self.expert = {expert: measured.score for expert, measured in answers.items()}
-        # Of a model about as good as the experts, on as many rows.
-        shares = [measured.variance / measured.score**2 for measured in answers.values() if measured.score]
-        self.noise = sum(shares) / len(answers) ** 2
-
-    def evaluate(self, assembler: Assembler, chosen: Mapping[str, Setting]) -> Outcome:
-        """Run the model of one setting."""
-        regressed = assembler.trial({module: chosen[group] for module, group in self.groups.items()})
-        state = {**self._rest, **{name: tensor.to(self._dtypes[name]) for name, tensor in regressed.items()}}
-        found = {task: measured.score for task, measured in self._panel.evaluate(state, "validation").items()}
-        return Outcome(mean_ratio_to_expert(found, self.expert), found)
-
-
 def _searched(
-    request: Request, settings: SearchSettings, draft: Draft, objective: _Objective, assembler: Assembler
-) -> tuple[Mapping[str, Setting], dict[str, Any]]:
-    """Search, and return the best setting of each group and what `search.json` says."""
-    space = Space(tuple(dict.fromkeys(objective.groups.values())), settings.log10_lambda, settings.gamma)
-    identity = {"inputs": dict(request.inputs), "settings": dict(request.settings)}
-    draft.progress.mkdir(parents=True, exist_ok=True)
-    study = Study.open(draft.progress / "trials.jsonl", identity)
-    best = search(
-        space,
-        lambda chosen: objective.evaluate(assembler, chosen),
-        study,
-        settings.trials,
-        settings.seed,
-        objective.noise or None,
-        _reference(request),
-    )
+    work: Work,
+    request: Request,
+    setup: Setup,
+    settings: SearchSettings,
+    draft: Draft,
+    weights: ExpertWeights,
+    groups: Mapping[str, str],
+    anchored: StoredWeights,
+) -> tuple[Mapping[str, Setting], dict[str, Any], Assembler]:
+    """Search, and return the best setting of each group, what `search.json` says, and what assembles its weights."""
+    # The experts are looked at first: a task that none can do is told before the long part.
+    objective = Objective(work, request, setup, groups, anchored)
+    rho = request.settings.get("rho")
+    space = Space.of(settings, tuple(dict.fromkeys(groups.values())), tuple(objective.experts), rho)
+    plan = Plan.of(settings, objective.experts, objective.noise, _reference(request))
+    identity = {
+        "inputs": dict(request.inputs),
+        "settings": {**request.settings, "search": settings.identity()},
+        "version": version_of("search"),
+    }
+    with ExitStack() as stack:
+        # With trials side by side the factors are in the workers; here each map is solved once, at the end.
+        assembler = assembler_of(work, request, setup, weights, anchored, keep=plan.parallel == 1)
+        evaluate: Evaluate = partial(objective.evaluate, assembler)
+        if plan.parallel > 1:
+            evaluate = _at_workers(work, request, stack, digest_json(identity))
+        found = _studied(work, draft, space, plan, identity, evaluate)
     told = {
         "per": settings.per,
         "lambda": "search",
         "objective": settings.objective,
+        "searcher": settings.searcher,
+        "split": objective.split,
         "seed": settings.seed,
-        "noise": objective.noise,
-        "expert": dict(objective.expert),
-        "trials": [trial.to_json() for trial in study.trials],
+        "parallel": plan.parallel,
+        "ended": found.ended,
+        "noise": plan.noise,
+        "expert": dict(objective.experts),
+        "floors": dict(plan.floors),
+        "trials": [trial.to_json() for trial in found.trials],
         "best": {
-            "index": best.index,
-            "objective": best.objective,
-            "settings": {group: setting.to_json() for group, setting in best.settings.items()},
+            "index": found.best.index,
+            "objective": found.best.objective,
+            "settings": {group: setting.to_json() for group, setting in found.best.settings.items()},
         },
+        "importance": importance(space, found.trials, plan),
+        "pareto": [trial.index for trial in pareto_front(found.trials, plan)],
     }
-    return best.settings, told
+    return found.best.settings, told, assembler
+
+
+def _studied(
+    work: Work, draft: Draft, space: Space, plan: Plan, identity: Mapping[str, Any], evaluate: Evaluate
+) -> Found:
+    """Run a study, from where a killed run or a smaller budget has left it, and keep it."""
+    key = artefact_key(_STUDY, version_of("search"), identity, {})
+    log = draft.progress / _LOG
+    draft.progress.mkdir(parents=True, exist_ok=True)
+    kept = None if work.store.fresh or log.exists() else work.store.find(_STUDY, key)
+    if kept is not None:
+        try:
+            shutil.copyfile(work.read(kept).file(_LOG), log)
+        except ArtefactDamagedError:
+            log.unlink(missing_ok=True)
+    study = Study.open(log, identity)
+    before = len(study.trials)
+    found = search(space, evaluate, study, plan)
+    if kept is None or len(study.trials) > before:
+        work.store.obtain(_STUDY, key, lambda part: _copied(log, part.path / _LOG), replace=True)
+    return found
+
+
+def _copied(log: Path, target: Path) -> None:
+    shutil.copyfile(log, target)
+
+
+def _at_workers(work: Work, request: Request, stack: ExitStack, search_digest: str) -> Evaluate:
+    """Return what has a setting measured by a worker, one that has done so before if it is free."""
+    cluster = stack.enter_context(workers(ClusterSettings.model_validate(request.where["cluster"])))
+    stack.callback(cluster.everywhere, forget, search_digest)
+
+    def evaluate(chosen: Mapping[str, Setting], rival: Mapping[str, Gains] | None) -> Outcome:
+        asked = TrialRequest(
+            search=search_digest,
+            request=request.to_json(),
+            store=work.store.location,
+            settings={group: setting.to_json() for group, setting in chosen.items()},
+            rival=None if rival is None else {task: rows.tolist() for task, rows in rival.items()},
+        )
+        return as_outcome(run_all(cluster, trial_outcome, [vars(asked)])[0])
+
+    return evaluate
 
 
 def _reference(request: Request) -> float | None:
@@ -226,59 +265,3 @@ def _regressed(solved: Mapping[str, Solved], setting: Setting) -> dict[str, Any]
         if len(entry["anchored_maps"]) == len(solved):
             entry["treatment"] = "anchored"
     return entry
-
-
-def check_coverage(setup: Setup, minimum: float) -> None:
-    """Refuse a merge that would regress too small a share of the encoder's matrix weights (embeddings apart).
-
-    Raises:
-        CheckpointError: naming the largest matrix that would be missed.
-    """
-    regressed = {map_.weight for map_ in setup.regressed}
-    matrices = {
-        parameter.name: math.prod(parameter.shape)
-        for parameter in setup.layout.shared
-        if sum(size > 1 for size in parameter.shape) >= 2 and parameter.name not in setup.embeddings
-    }
-    reached = sum(size for name, size in matrices.items() if name in regressed)
-    total = sum(matrices.values())
-    if total == 0 or reached / total < minimum:
-        missed = max(
-            (name for name in matrices if name not in regressed), key=lambda name: matrices[name], default="none"
-        )
-        raise CheckpointError(
-            f"only {reached} of {total} matrix weights of this architecture are linear maps that can be regressed "
-            f"(largest missed: {missed}); lower coverage.minimum to merge the rest by the anchor alone"
-        )
-
-
-def module_groups(setup: Setup, per: Per) -> dict[str, str]:
-    """Return each regressed map's module with the group that shares its hyperparameters."""
-    return groups_of([ModulePlace(map_.module, map_.type, map_.layer) for map_ in setup.regressed], per)
-
-
-def assembler_of(
-    work: Work, request: Request, setup: Setup, weights: ExpertWeights, anchored: StoredWeights, *, keep: bool = True
-) -> Assembler:
-    """Return the assembler of the maps that the request of a search asks for; with `keep` every factor is held."""
-    if request.settings["regression"]["mode"] == "propagated":
-        walked = walk(work, request, setup, anchored)
-        problems = propagated(setup.regressed, weights, walked.prior, walked.moments, keep=keep)
-        return Assembler(problems, walked.prior, walked.lambdas, walked.solved)
-    grams = gram_readers(work, request, setup)
-    settings = RegressionSettings.model_validate(request.settings["regression"])
-    counts = settings.weights([expert.name for expert in setup.experts])
-    problems = module_wise(
-        setup.regressed,
-        weights,
-        anchored,
-        lambda index, group: grams[index].gram(group) * counts[index],
-        lambda group: sum(reader.rows(group) for reader in grams),
-        keep=keep,
-    )
-    return Assembler(problems, anchored)
-
-
-def gram_readers(work: Work, request: Request, setup: Setup) -> list[GramReader]:
-    """Return the readers of the experts' Gram matrices, in the experts' order."""
-    return [GramReader(work.read(request.inputs["grams"][expert.name]).file("grams.zarr")) for expert in setup.experts]

@@ -9,7 +9,7 @@ from typing import Any
 
 from bmm.errors import RecipeError
 from bmm.regression.evidence import Evidence, most_probable
-from bmm.search.space import Setting
+from bmm.search.setting import Setting
 
 GAMMA = 1.0
 """Where nothing is measured nothing says that the merged model should be nearer to the base, or further from it."""

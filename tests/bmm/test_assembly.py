@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bmm.assembly import Assembler, Solved
 from bmm.modules.linear import LinearMap
-from bmm.problems import module_wise
-from bmm.search.space import Setting
+from bmm.problems import Sums, module_wise
+from bmm.search.setting import Setting
 
 QUERY = LinearMap("a.query", 5, 4, "a.query", "qkv", 0, "a.query.weight")
 KEY = LinearMap("a.key", 3, 4, "a.query", "qkv", 0, "a.key.weight")
@@ -42,9 +42,9 @@ class Case:
             def expert(self, index: int, name: str) -> torch.Tensor:
                 return case.experts[index][name]
 
-        def gram(index: int, group: str) -> torch.Tensor:
+        def gram(index: int, group: str, sums: Sums) -> torch.Tensor:
             case.asked.append((index, group))
-            return case.grams[index][group]
+            return case.grams[index][group] * dict(sums[1]).get(str(index), 1.0)
 
         rows = 50 * len(self.experts)
         weights: Any = Weights()
@@ -199,3 +199,30 @@ def test_a_trial_takes_what_a_walk_has_solved_and_refuses_what_is_not_finite() -
     cases.anchor[QUERY.weight][0, 0] = 1e39 if cases.anchor[QUERY.weight].dtype == torch.float64 else 3e38
     with pytest.raises(FloatingPointError):
         cases.assembler().trial({map_.module: Setting(math.inf, 1000.0) for map_ in MAPS})
+
+
+@given(
+    seed=st.integers(0, 1000),
+    exponent=st.floats(-3, 2),
+    scale=st.floats(0.0, 2.0),
+    weights=st.lists(st.floats(0.25, 4.0), min_size=3, max_size=3),
+)
+@settings(max_examples=15, deadline=None)
+def test_a_scaled_anchor_and_weighted_tasks_are_those_of_a_merge_that_has_them(
+    seed: int, exponent: float, scale: float, weights: list[float]
+) -> None:
+    made, other = case(seed), case(seed)
+    other.anchor = {name: made.base[name] + scale * (anchor - made.base[name]) for name, anchor in made.anchor.items()}
+    other.grams = [
+        {group: gram * weight for group, gram in part.items()} for part, weight in zip(made.grams, weights, strict=True)
+    ]
+    weighted = tuple((str(index), weight) for index, weight in enumerate(weights))
+    asked = {map_.module: Setting(10**exponent, 1.0, scale, None, weighted) for map_ in MAPS}
+    plain = {map_.module: Setting(10**exponent, 1.0) for map_ in MAPS}
+    wanted = other.assembler().weights(plain)
+    for found in (made.assembler().weights(asked), made.assembler().trial(asked)):
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=1e-5)
+    top = {map_.module: Setting(math.inf, 1.0, scale) for map_ in MAPS}
+    for name, weight in made.assembler().weights(top).items():
+        torch.testing.assert_close(weight, other.anchor[name], rtol=1e-5, atol=1e-6)

@@ -86,12 +86,15 @@ DOCUMENT = record(
             record(
                 index=COUNT,
                 origin={"enum": ["anchor", "global", "sobol", "bayesian"]},
-                state={"enum": ["complete", "failed"]},
+                state={"enum": ["complete", "stopped", "failed"]},
                 settings=table(SETTING),
                 objective=OPTIONAL_NUMBER,
                 tasks={"type": "object", "additionalProperties": SHARE},
+                variance=OPTIONAL_NUMBER,
+                seen=SHARE,
             )
         ),
+        ended={"enum": ["trials", "evaluations", "minutes"]},
         best=record(index=COUNT, objective=NUMBER, settings=table(SETTING)),
     ),
     stages={

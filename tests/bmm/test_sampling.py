@@ -13,7 +13,7 @@ from bmm.regression.evidence import Evidence
 from bmm.regression.posterior import decompose, factor
 from bmm.regression.sample import deviation, effective_rows, noise_variance, settled_directions, standard_normal
 from bmm.sampling import Sampler, module_wise_noise
-from bmm.search.space import Setting
+from bmm.search.setting import Setting
 
 OUT, IN, COUNTS = 3, 4, (30, 50)
 QUERY = LinearMap("a.query", OUT, IN, "a.query", "qkv", 0, "a.query.weight")
@@ -47,7 +47,7 @@ class Case:
             pull = sum((self.expert(t, name) - mean) @ gram for t, gram in enumerate(self.grams))
             posterior = factor(spectrum, mean, pull)
             problems.append(Problem(map_, posterior, self.start[name], Evidence.of(posterior, 1.0, sum(self.counts))))
-        return Assembler(Problems(MAPS, lambda _: problems, biases=False, keep=True), self.anchor.__getitem__)
+        return Assembler(Problems(MAPS, lambda *_: problems, biases=False, keep=True), self.anchor.__getitem__)
 
     def noise(self, settings: dict[str, Setting]):
         return module_wise_noise(

@@ -37,7 +37,7 @@ _MADE_BY = {
     "task-vectors": ("task-vectors",),
     "grams": ("grams",),
     "anchor": ("anchor",),
-    "search": ("search", "predictions"),
+    "search": ("search", "study", "predictions"),
     "evaluate": ("evaluation",),
     "publish": ("model",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,6 +13,8 @@ from matplotlib.text import Text
 from bmm.errors import BMMError
 from bmm.report.drawing import shorten, style
 from bmm.report.figures import build, figures, png
+from bmm.report.page import report_page
+from bmm.report.takeaways import takeaways
 
 LONG = ("a-task-name-of-exactly-forty-characters.", "W" * 64)
 
@@ -122,3 +125,52 @@ def test_shorten_keeps_both_ends():
     assert len(cut) == 10
     assert cut.startswith("abc")
     assert cut.endswith("z")
+
+
+def a_search(document: dict[str, Any], objective: str = "share-of-expert") -> dict[str, Any]:
+    """The document's search with everything that a new one says."""
+    scale = 1.0 if objective == "share-of-expert" else -0.6
+    trials = []
+    for index in range(16):
+        origin = ("anchor", "global", "global", "sobol", "sobol", "bayesian")[min(index, 5)]
+        value = 0.9 + 0.005 * (index % 7)
+        trials.append(
+            {
+                "index": index,
+                "origin": origin,
+                "state": "stopped" if index in (9, 12) else "complete",
+                "settings": {"model": {"lambda": 0.1, "gamma": 1.0, "rho": 0.4, "task_weights": {"a": 1.5}}},
+                "objective": scale * value,
+                "tasks": {"a": 0.7 + 0.01 * (index % 5), "b": 0.8 - 0.012 * (index % 5)},
+                "variance": 1e-4,
+                "seen": 0.5 if index in (9, 12) else 1.0,
+            }
+        )
+    names = [f"{what} of {group}" for group in ("attention-out", "mlp-in", "qkv") for what in ("λ", "γ")]
+    importance = [{"name": name, "share": 0.6 / (place + 1)} for place, name in enumerate(names)]
+    search = {"objective": objective, "trials": trials, "expert": {"a": 0.8, "b": 0.85}, "importance": importance}
+    best = {"index": 6, "objective": trials[6]["objective"], "settings": trials[6]["settings"]}
+    return {**document, "search": {**document["search"], **search, "best": best}}
+
+
+@pytest.mark.parametrize("objective", ["share-of-expert", "nll", "agreement"])
+def test_a_search_shows_what_mattered_and_what_was_traded(document: dict[str, Any], objective: str) -> None:
+    told = a_search(document, objective)
+    assert {"search", "importance", "trades"} <= set(figures(told))
+    said = takeaways(told)
+    assert "λ of attention-out (60 %)" in said["importance"]
+    assert "good for a tends to be bad for b (correlation -1.00" in said["trades"]
+    assert "2 were stopped early" in said["search"]
+    page = report_page(told)
+    assert "ρ 0.4, a × 1.5" in page
+    assert ("objective, %" in page) == (objective == "share-of-expert")
+
+
+def test_tasks_that_go_together_are_not_said_to_be_traded(document: dict[str, Any]) -> None:
+    told = a_search(document)
+    for trial in told["search"]["trials"]:
+        trial["tasks"]["b"] = trial["tasks"]["a"]
+    assert takeaways(told)["trades"].startswith("No two tasks")
+    told["search"]["trials"] = told["search"]["trials"][:3]
+    assert "trades" not in takeaways(told)
+    assert "trades" not in figures(told)

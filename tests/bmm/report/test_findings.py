@@ -108,7 +108,7 @@ def test_a_small_loss_is_not_a_signed_zero():
 
 def test_takeaways_are_computed_from_the_document(document):
     said = takeaways(document)
-    assert set(said) == {"tasks", "methods", "search", "lambda"}
+    assert set(said) == {"tasks", "methods", "search", "trades", "lambda"}
     best = max(document["search"]["trials"], key=lambda trial: trial["objective"])
     assert f"Trial {best['index']} ({best['origin']}) was taken of 24" in said["search"]
     assert "ranks first of 7" in said["methods"]

@@ -5,27 +5,35 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bmm.errors import BMMError
-from bmm.search.propose import (
+from bmm.search.plan import Plan, trial_seed
+from bmm.search.propose import LINE_POINTS, initial_design, local_sobol_points, propose
+from bmm.search.region import (
     FAILURES_TO_SHRINK,
     FIRST_LENGTH,
     LARGEST_LENGTH,
     SMALLEST_LENGTH,
     SUCCESSES_TO_GROW,
-    initial_design,
-    propose,
-    sobol_points,
-    trial_seed,
     trust_region,
 )
+from bmm.search.settings import Searcher
 from bmm.search.space import Point, Space
-from bmm.search.study import Origin, Trial
+from bmm.search.trial import Origin, Trial
 
 SPACE = Space(("attention", "mlp"), (-4.0, 2.0), (0.5, 1.5))
+
+
+PLAN = Plan(trials=40, seed=0)
+
+
+def proposed(space: Space, history: list[Trial], plan: Plan, index: int) -> tuple[Origin, Point]:
+    """Propose with nothing under way."""
+    return propose(space, history, {trial.index: (trial.origin, trial.point) for trial in history}, plan, index)
 
 
 def a_trial(space: Space, index: int, origin: Origin, point: Point, objective: float | None) -> Trial:
@@ -45,9 +53,9 @@ def a_trial(space: Space, index: int, origin: Origin, point: Point, objective: f
 def a_history(space: Space = SPACE, count: int = 14, seed: int = 0) -> list[Trial]:
     """The initial design, the Sobol points and some Bayesian ones, best near the cube's centre."""
     draw = random.Random(seed)
-    points = [(origin, point) for origin, point, _ in initial_design(space, 24)]
+    points = [(origin, point) for origin, point, _ in initial_design(space, PLAN)]
     while len(points) < count:
-        origin: Origin = "sobol" if len(points) < 8 + sobol_points(space) else "bayesian"
+        origin: Origin = "sobol" if len(points) < 8 + local_sobol_points(space) else "bayesian"
         points.append((origin, tuple(draw.random() for _ in range(space.dimensions))))
     return [
         a_trial(space, index, origin, point, -sum((value - 0.5) ** 2 for value in point))
@@ -55,37 +63,44 @@ def a_history(space: Space = SPACE, count: int = 14, seed: int = 0) -> list[Tria
     ]
 
 
-@pytest.mark.parametrize(("trials", "line"), [(1, 0), (2, 1), (4, 2), (10, 5), (23, 6), (24, 7), (200, 7)])
-def test_the_design_is_the_anchor_and_then_the_global_line(trials: int, line: int) -> None:
-    design = initial_design(SPACE, trials)
-    assert [origin for origin, _, _ in design] == ["anchor"] + ["global"] * line
+def test_the_design_is_the_anchor_and_then_the_global_line() -> None:
+    design = initial_design(SPACE, PLAN)
+    assert [origin for origin, _, _ in design] == ["anchor"] + ["global"] * LINE_POINTS
     assert design[0][2] == SPACE.anchor()
     assert all(SPACE.decode(point) == settings for _, point, settings in design)
     assert all(len({setting.lam for setting in settings.values()}) == 1 for _, _, settings in design)
 
 
 def test_the_strength_of_the_walk_is_tried_right_after_the_anchor() -> None:
-    plain, with_reference = initial_design(SPACE, 24), initial_design(SPACE, 24, 0.1)
+    plain, with_reference = (initial_design(SPACE, replace(PLAN, reference=lam)) for lam in (None, 0.3))
     assert with_reference[0] == plain[0]
     assert with_reference[2:] == plain[1:]
     origin, _, settings = with_reference[1]
     assert origin == "global"
-    assert {(setting.lam, setting.gamma) for setting in settings.values()} == {(0.1, 1.0)}
-    assert initial_design(SPACE, 24, 1e9) == plain
+    assert {(setting.lam, setting.gamma) for setting in settings.values()} == {(0.3, 1.0)}
+    assert initial_design(SPACE, replace(PLAN, reference=1e9)) == plain
+    # The middle of the line is tried once.
+    assert len(initial_design(SPACE, replace(PLAN, reference=0.1))) == len(plain)
+
+
+@pytest.mark.parametrize("searcher", ["random", "sobol", "cma-es"])
+def test_rivals_start_from_the_anchor_and_the_walk_alone(searcher: Searcher) -> None:
+    design = initial_design(SPACE, replace(PLAN, searcher=searcher, reference=0.1))
+    assert [origin for origin, _, _ in design] == ["anchor", "global"]
 
 
 def test_sobol_points_lie_in_the_box_around_the_best() -> None:
     history = a_history(count=8)
     region = trust_region(history)
     seen = set()
-    for index in range(8, 8 + sobol_points(SPACE)):
-        origin, point = propose(SPACE, history, 0, index)
+    for index in range(8, 8 + local_sobol_points(SPACE)):
+        origin, point = proposed(SPACE, history, PLAN, index)
         assert origin == "sobol"
         assert all(low <= value <= high for low, value, high in zip(region.lower, point, region.upper, strict=True))
         seen.add(point)
         history.append(a_trial(SPACE, index, origin, point, -9.0))
-    assert len(seen) == sobol_points(SPACE)
-    assert propose(SPACE, history, 0, len(history))[0] == "bayesian"
+    assert len(seen) == local_sobol_points(SPACE)
+    assert proposed(SPACE, history, PLAN, len(history))[0] == "bayesian"
 
 
 @pytest.mark.parametrize("noise", [None, 1e-4])
@@ -93,14 +108,14 @@ def test_a_proposal_depends_on_the_logged_history_alone(noise: float | None) -> 
     history = a_history()
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = propose(SPACE, history, 5, 14, noise)
+    first = proposed(SPACE, history, replace(PLAN, seed=5, noise=noise), 14)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         reread = [Trial.from_json(json.loads(json.dumps(trial.to_json()))) for trial in history]
-        assert propose(SPACE, reread, 5, 14, noise) == first
+        assert proposed(SPACE, reread, replace(PLAN, seed=5, noise=noise), 14) == first
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -111,7 +126,7 @@ def test_a_proposal_depends_on_the_logged_history_alone(noise: float | None) -> 
 
 def test_seed_and_index_tell_draws_apart() -> None:
     history = a_history(count=8)
-    assert propose(SPACE, history, 0, 8) != propose(SPACE, history, 1, 8)
+    assert proposed(SPACE, history, PLAN, 8) != proposed(SPACE, history, replace(PLAN, seed=1), 8)
     seeds = {trial_seed(seed, index) for seed in range(5) for index in range(5)}
     assert len(seeds) == 25
     assert all(0 <= seed < 2**31 for seed in seeds)
@@ -144,7 +159,7 @@ def test_the_box_grows_with_successes_and_shrinks_with_failures() -> None:
 
 def test_without_a_complete_trial_there_is_nothing_to_search_around() -> None:
     with pytest.raises(BMMError, match="no trial"):
-        propose(SPACE, [a_trial(SPACE, 0, "anchor", SPACE.anchor_point(), None)], 0, 1)
+        proposed(SPACE, [a_trial(SPACE, 0, "anchor", SPACE.anchor_point(), None)], PLAN, 1)
 
 
 @pytest.mark.parametrize("failure", ["not positive definite", "fit", "nan"])
@@ -169,10 +184,10 @@ def test_a_numerical_failure_falls_back_to_a_seeded_draw(failure: str, monkeypat
         monkeypatch.setattr(botorch.optim, "optimize_acqf", fail)
     else:
         monkeypatch.setattr(botorch.fit, "fit_gpytorch_mll", fail)
-    origin, point = propose(SPACE, a_history(), 3, 14)
+    origin, point = proposed(SPACE, a_history(), replace(PLAN, seed=3), 14)
     assert origin == "sobol"
     assert len(attempts) == 2
-    assert propose(SPACE, a_history(), 3, 14) == ("sobol", point)
+    assert proposed(SPACE, a_history(), replace(PLAN, seed=3), 14) == ("sobol", point)
 
 
 def test_a_mistake_of_ours_is_not_taken_for_a_numerical_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +198,7 @@ def test_a_mistake_of_ours_is_not_taken_for_a_numerical_failure(monkeypatch: pyt
 
     monkeypatch.setattr(botorch.fit, "fit_gpytorch_mll", fail)
     with pytest.raises(TypeError):
-        propose(SPACE, a_history(), 3, 14)
+        proposed(SPACE, a_history(), replace(PLAN, seed=3), 14)
 
 
 @pytest.mark.parametrize("kind", ["constant", "failed", "huge", "repeated"])
@@ -198,13 +213,13 @@ def test_awkward_histories_still_give_a_point(kind: str) -> None:
             history = [a_trial(SPACE, t.index, t.origin, t.point, 1e12 * (t.index % 3)) for t in history]
         case _:
             history += [a_trial(SPACE, 14 + i, "bayesian", history[5].point, 0.1) for i in range(6)]
-    _, point = propose(SPACE, history, 0, len(history))
+    _, point = proposed(SPACE, history, PLAN, len(history))
     assert SPACE.decode(point) not in [trial.settings for trial in history]
 
 
 def test_a_space_of_one_group_a_module_is_searched_too() -> None:
     space = Space(tuple(f"layer.{number}" for number in range(36)), (-4.0, 2.0), (0.5, 1.5))
     history = a_history(space, 16)
-    origin, point = propose(space, history, 0, 16)
+    origin, point = proposed(space, history, PLAN, 16)
     assert origin == "bayesian"
     assert set(space.decode(point)) == set(space.groups)

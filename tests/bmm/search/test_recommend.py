@@ -6,13 +6,17 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmm.search.propose import trial_seed
-from bmm.search.recommend import recommended
+from bmm.search.plan import Plan, trial_seed
+from bmm.search.recommend import pareto_front, recommended
 from bmm.search.space import Space
-from bmm.search.study import Trial, best_of
+from bmm.search.trial import Trial, best_of
 
 SPACE = Space(("a", "b"), (-4.0, 2.0), (0.9, 1.1))
 NOISE = 0.02**2
+
+
+def plan(noise: float | None = NOISE, reference: float | None = None) -> Plan:
+    return Plan(trials=20, seed=0, noise=noise, reference=reference)
 
 
 def true_value(point: tuple[float, ...]) -> float:
@@ -43,7 +47,7 @@ def test_the_smoothed_choice_is_truly_better_than_the_luckiest_on_average() -> N
     gain = []
     for seed in range(12):
         trials = study(seed, NOISE**0.5)
-        chosen, luckiest = recommended(trials, 0, NOISE), best_of(tuple(trials))
+        chosen, luckiest = recommended(SPACE, trials, plan()), best_of(trials)
         assert chosen is not None
         assert luckiest is not None
         gain.append(true_value(chosen.point) - true_value(luckiest.point))
@@ -55,7 +59,7 @@ def test_the_smoothed_choice_is_truly_better_than_the_luckiest_on_average() -> N
 @given(seed=st.integers(0, 999))
 def test_no_choice_measured_below_the_anchor(seed: int) -> None:
     trials = study(seed, 0.05, 8)
-    chosen = recommended(trials, 0, 0.05**2)
+    chosen = recommended(SPACE, trials, plan(0.05**2))
     assert chosen is not None
     assert chosen.objective is not None
     assert trials[0].objective is not None
@@ -64,14 +68,14 @@ def test_no_choice_measured_below_the_anchor(seed: int) -> None:
 
 def test_without_noise_or_with_too_few_trials_the_highest_is_taken() -> None:
     trials = study(3, NOISE**0.5)
-    assert recommended(trials, 0, None) == best_of(tuple(trials))
-    assert recommended(trials[:2], 0, NOISE) == best_of(tuple(trials[:2]))
-    assert recommended([], 0, NOISE) is None
+    assert recommended(SPACE, trials, plan(None)) == best_of(trials)
+    assert recommended(SPACE, trials[:2], plan()) == best_of(trials[:2])
+    assert recommended(SPACE, [], plan()) is None
 
 
 def test_the_same_trials_give_the_same_choice() -> None:
     trials = study(5, NOISE**0.5)
-    assert recommended(trials, 0, NOISE) == recommended(trials, 0, NOISE)
+    assert recommended(SPACE, trials, plan()) == recommended(SPACE, trials, plan())
 
 
 def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise() -> None:
@@ -79,9 +83,9 @@ def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise
     line = SPACE.global_line(4)[1]
     for gap, plain in ((0.01, True), (0.2, False)):
         best = max(trial.objective for trial in trials if trial.objective is not None)
-        own = replace(trials[1], origin="global", point=line, settings=SPACE.decode(line), objective=best - gap)
+        own = replace(trials[1], origin="global", point=SPACE.encode(line), settings=line, objective=best - gap)
         anchor = replace(trials[0], objective=best - 0.3)
-        chosen = recommended([anchor, own, *trials[2:]], 0, NOISE)
+        chosen = recommended(SPACE, [anchor, own, *trials[2:]], plan())
         assert chosen is not None
         assert (chosen.origin == "global") == plain
 
@@ -89,13 +93,38 @@ def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise
 def test_of_plain_settings_that_of_the_walk_is_preferred() -> None:
     trials = study(3, 0.0)
     for index, lam in ((1, 0.1), (2, 0.4)):
-        point = SPACE.plain_point(lam)
-        assert point is not None
+        settings = SPACE.plain(lam)
+        assert settings is not None
         best = max(trial.objective or 0 for trial in trials)
         trials[index] = replace(
-            trials[index], origin="global", point=point, settings=SPACE.decode(point), objective=best + 0.001 * index
+            trials[index],
+            origin="global",
+            point=SPACE.encode(settings),
+            settings=settings,
+            objective=best + 0.001 * index,
         )
-    chosen = {reference: recommended(trials, 0, NOISE, reference) for reference in (None, 0.1, 0.4, 3.0)}
+    chosen = {reference: recommended(SPACE, trials, plan(reference=reference)) for reference in (None, 0.1, 0.4, 3.0)}
     assert chosen[0.1] == trials[1]
     assert chosen[0.4] == trials[2]
     assert chosen[None] == chosen[3.0]
+
+
+def test_floors_come_before_the_mean_and_else_the_least_shortfall_does() -> None:
+    trials = [replace(trial, tasks={"a": 0.5 + 0.02 * trial.index, "b": 0.8}) for trial in study(2, 0.0)]
+    kept = Plan(trials=20, seed=0, experts={"a": 1.0, "b": 1.0}, floors={"a": 0.7})
+    chosen = recommended(SPACE, trials, kept)
+    assert chosen is not None
+    assert chosen == best_of([trial for trial in trials if trial.tasks["a"] >= 0.7])
+    out_of_reach = replace(kept, floors={"a": 2.0})
+    assert recommended(SPACE, trials, out_of_reach) == trials[-1]
+
+
+def test_the_pareto_front_is_what_no_other_trial_beats() -> None:
+    made = [
+        replace(trial, objective=objective, tasks={"a": worst, "b": 1.0})
+        for trial, (objective, worst) in zip(
+            study(1, 0.0, 5), [(0.9, 0.5), (0.8, 0.7), (0.7, 0.6), (0.6, 0.9), (0.9, 0.4)], strict=True
+        )
+    ]
+    two = Plan(trials=5, seed=0, experts={"a": 1.0, "b": 1.0}, worst_task=True)
+    assert [trial.index for trial in pareto_front(made, two)] == [0, 1, 3]

@@ -15,13 +15,17 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bmm.errors import BMMError, ClusterError, DataError
 from bmm.progress import reporting
-from bmm.search.run import Outcome, search
-from bmm.search.space import Setting, Space
+from bmm.search.outcome import Evaluate, Gains, Outcome
+from bmm.search.plan import Plan
+from bmm.search.run import Found, search
+from bmm.search.setting import Setting
+from bmm.search.space import Space
 from bmm.search.study import Study
 
 SPACE = Space(("attention", "mlp-in", "mlp-out"), (-4.0, 2.0), (0.5, 1.5))
@@ -30,7 +34,7 @@ IDENTITY = {"seed": 0}
 TRIALS = 16
 
 
-def measure(settings: Mapping[str, Setting]) -> Outcome:
+def measure(settings: Mapping[str, Setting], rival: Gains | None = None) -> Outcome:
     """A smooth bump over six dimensions with its top, 1, at OPTIMUM."""
     cost = {}
     for group, (exponent, gamma) in OPTIMUM.items():
@@ -46,9 +50,13 @@ class Counted:
     def __init__(self) -> None:
         self.asked: list[dict[str, Setting]] = []
 
-    def __call__(self, settings: Mapping[str, Setting]) -> Outcome:
+    def __call__(self, settings: Mapping[str, Setting], rival: Gains | None = None) -> Outcome:
         self.asked.append(dict(settings))
-        return measure(settings)
+        return measure(settings, rival)
+
+
+def planned(evaluate: Evaluate, study: Study, trials: int, seed: int = 0, **more: Any) -> Found:
+    return search(SPACE, evaluate, study, Plan(trials=trials, seed=seed, **more))
 
 
 def a_study(folder: Path, name: str = "study.jsonl") -> Study:
@@ -58,13 +66,13 @@ def a_study(folder: Path, name: str = "study.jsonl") -> Study:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = a_study(tmp_path_factory.mktemp("uninterrupted"))
-    search(SPACE, measure, study, TRIALS, seed=0)
+    planned(measure, study, TRIALS)
     return study
 
 
 def test_the_trials_come_in_their_order(uninterrupted: Study) -> None:
     origins = [trial.origin for trial in uninterrupted.trials]
-    assert origins == ["anchor"] + ["global"] * 6 + ["sobol"] * 3 + ["bayesian"] * 6
+    assert origins == ["anchor"] + ["global"] * 7 + ["sobol"] * 3 + ["bayesian"] * 5
     assert uninterrupted.trials[0].settings == SPACE.anchor()
     for trial in uninterrupted.trials:
         assert trial.settings == SPACE.decode(trial.point)
@@ -101,7 +109,7 @@ def test_a_search_killed_twice_ends_like_an_uninterrupted_one(tmp_path: Path, un
     study = a_study(tmp_path)
     assert len(study.trials) == 12
     counted = Counted()
-    best = search(SPACE, counted, study, TRIALS, seed=0)
+    best = planned(counted, study, TRIALS).best
     assert len(counted.asked) == TRIALS - 12
     assert best == uninterrupted.best
     assert log.read_bytes() == uninterrupted.path.read_bytes()
@@ -110,35 +118,35 @@ def test_a_search_killed_twice_ends_like_an_uninterrupted_one(tmp_path: Path, un
 def test_a_finished_study_is_not_evaluated_again(uninterrupted: Study) -> None:
     counted = Counted()
     again = Study.open(uninterrupted.path, IDENTITY)
-    assert search(SPACE, counted, again, TRIALS, seed=0) == uninterrupted.best
-    shorter = search(SPACE, counted, again, 9, seed=0)
+    assert planned(counted, again, TRIALS).best == uninterrupted.best
+    shorter = planned(counted, again, 9).best
     assert counted.asked == []
     assert shorter == max(uninterrupted.trials[:9], key=lambda trial: trial.objective or 0)
 
 
 def test_another_seed_makes_other_trials(tmp_path: Path, uninterrupted: Study) -> None:
     study = a_study(tmp_path)
-    search(SPACE, measure, study, TRIALS, seed=1)
+    planned(measure, study, TRIALS, 1)
     settings = [trial.settings for trial in study.trials]
     same = [trial.settings for trial in uninterrupted.trials]
-    assert settings[:7] == same[:7]
-    assert all(one != other for one, other in zip(settings[7:], same[7:], strict=True))
+    assert settings[:8] == same[:8]
+    assert all(one != other for one, other in zip(settings[8:], same[8:], strict=True))
     with pytest.raises(BMMError, match="another seed"):
-        search(SPACE, measure, study, TRIALS, seed=0)
+        planned(measure, study, TRIALS)
 
 
 def test_trials_of_other_groups_are_refused(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    search(SPACE, measure, study, 1, seed=0)
+    planned(measure, study, 1)
     other = Space(("model",), (-4.0, 2.0), (0.5, 1.5))
     with pytest.raises(BMMError, match="other module groups"):
-        search(other, measure, study, 2, seed=0)
+        search(other, measure, study, Plan(trials=2, seed=0))
 
 
 @pytest.mark.slow
 def test_bayesian_trials_beat_the_first_design(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    best = search(SPACE, measure, study, 24, seed=0)
+    best = planned(measure, study, 24).best
     first = max(trial.objective or 0.0 for trial in study.trials if trial.origin != "bayesian")
     assert best.origin == "bayesian"
     assert best.objective is not None
@@ -149,7 +157,7 @@ def test_bayesian_trials_beat_the_first_design(tmp_path: Path) -> None:
 def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None:
     calls = Counted()
 
-    def fragile(settings: Mapping[str, Setting]) -> Outcome:
+    def fragile(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
         outcome = calls(settings)
         match len(calls.asked):
             case 2:
@@ -163,7 +171,7 @@ def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None
         return outcome
 
     study = a_study(tmp_path)
-    best = search(SPACE, fragile, study, 12, seed=0)
+    best = planned(fragile, study, 12).best
     failed = {trial.index: trial.reason for trial in study.trials if trial.state == "failed"}
     assert failed == {
         1: "ClusterError: a worker was lost",
@@ -178,58 +186,58 @@ def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None
 
 def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    search(SPACE, measure, study, 2, seed=0)
+    planned(measure, study, 2)
     for error in (DataError("the split is empty"), KeyError("bug")):
 
-        def broken(settings: Mapping[str, Setting], error: Exception = error) -> Outcome:
+        def broken(settings: Mapping[str, Setting], rival: Gains | None, error: Exception = error) -> Outcome:
             raise error
 
         with pytest.raises(type(error)):
-            search(SPACE, broken, study, 4, seed=0)
+            planned(broken, study, 4)
     assert len(a_study(tmp_path).trials) == 2
 
 
 @pytest.mark.parametrize("outcome", [ClusterError("no worker left"), Outcome(math.nan, {})])
 def test_without_the_anchor_there_is_no_search(tmp_path: Path, outcome: Exception | Outcome) -> None:
-    def broken(settings: Mapping[str, Setting]) -> Outcome:
+    def broken(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     study = a_study(tmp_path)
     with pytest.raises(BMMError, match="anchor could not be evaluated"):
-        search(SPACE, broken, study, 5, seed=0)
+        planned(broken, study, 5)
     # The fault may have been the machine's: the next run tries again.
-    assert search(SPACE, measure, study, 1, seed=0).index == 0
+    assert planned(measure, study, 1).best.index == 0
 
 
 def test_the_result_is_never_below_the_anchor(tmp_path: Path) -> None:
-    def only_the_anchor(settings: Mapping[str, Setting]) -> Outcome:
+    def only_the_anchor(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
         return Outcome(float(all(math.isinf(setting.lam) for setting in settings.values())), {})
 
-    assert search(SPACE, only_the_anchor, a_study(tmp_path), 11, seed=0).settings == SPACE.anchor()
+    assert planned(only_the_anchor, a_study(tmp_path), 11).best.settings == SPACE.anchor()
 
 
 def test_equal_objectives_go_to_the_earliest(tmp_path: Path) -> None:
-    best = search(SPACE, lambda _: Outcome(0.5, {}), a_study(tmp_path), 11, seed=0)
+    best = planned(lambda *_: Outcome(0.5, {}), a_study(tmp_path), 11).best
     assert best.index == 0
 
 
 def test_identical_settings_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    middle = SPACE.global_line(1)[0]
+    middle = SPACE.encode(SPACE.global_line(1)[0])
     monkeypatch.setattr("bmm.search.run.propose", lambda *_: ("sobol", middle))
     counted = Counted()
     study = a_study(tmp_path)
-    search(SPACE, counted, study, 6, seed=0)
-    assert len(counted.asked) == 4  # the anchor, the line's three, of which one is the middle
-    assert study.trials[2].settings == study.trials[4].settings == study.trials[5].settings
-    assert study.trials[4].objective == study.trials[2].objective
-    assert study.trials[4].tasks == study.trials[2].tasks
+    planned(counted, study, 10)
+    assert len(counted.asked) == 8  # the anchor and the line's seven, of which one is the middle
+    assert study.trials[1].settings == study.trials[8].settings == study.trials[9].settings
+    assert study.trials[8].objective == study.trials[1].objective
+    assert study.trials[8].tasks == study.trials[1].tasks
 
 
 def test_no_trials_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BMMError, match="at least one trial"):
-        search(SPACE, measure, a_study(tmp_path), 0, seed=0)
+        planned(measure, a_study(tmp_path), 0)
 
 
 def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path) -> None:
@@ -255,11 +263,11 @@ def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path) -> None:
         def describe(self, text: str) -> None:
             self.texts.append(text)
 
-    search(SPACE, measure, a_study(tmp_path), 2, seed=0)
+    planned(measure, a_study(tmp_path), 2)
     recorder = Recorder()
     context: AbstractContextManager[None] = reporting(recorder)
     with context:
-        best = search(SPACE, measure, a_study(tmp_path), 4, seed=0)
+        best = planned(measure, a_study(tmp_path), 4).best
     assert (recorder.texts[0], recorder.steps, recorder.total) == ("searching", 4, 4)
     assert recorder.texts[-1] == f"searching, best {best.objective:.4f} at trial {best.index}"
 
@@ -272,7 +280,7 @@ def test_importing_the_search_does_not_import_torch() -> None:
 def _stuck_search(log: str, marker: str, evaluation: str) -> None:
     count = 0
 
-    def stuck(settings: Mapping[str, Setting]) -> Outcome:
+    def stuck(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
         nonlocal count
         if count == int(evaluation):
             Path(marker).touch()
@@ -281,7 +289,7 @@ def _stuck_search(log: str, marker: str, evaluation: str) -> None:
         count += 1
         return measure(settings)
 
-    search(SPACE, stuck, Study.open(log, IDENTITY), TRIALS, seed=0)
+    planned(stuck, Study.open(log, IDENTITY), TRIALS)
 
 
 if __name__ == "__main__":

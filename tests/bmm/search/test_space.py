@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import BMMError, RecipeError
+from bmm.search.groups import ModulePlace, depth_third, group_name, groups_of
+from bmm.search.setting import Setting
 from bmm.search.settings import Per
-from bmm.search.space import ModulePlace, Setting, Space, depth_third, group_name, groups_of
+from bmm.search.space import Space
 
 modest = settings(deadline=None, max_examples=25)
 
@@ -82,10 +84,12 @@ def test_the_anchor_is_the_upper_end_of_lambda(space: Space) -> None:
 
 
 def test_the_global_line_is_evenly_spaced_inside_the_bounds() -> None:
-    line = [a_space(3).decode(point) for point in a_space(3).global_line(5)]
-    assert all(len(set(point.values())) == 1 for point in line)
-    first = [point["g0"] for point in line]
-    assert [setting.lam for setting in first] == [1e-3, 1e-2, 1e-1, 1.0, 10.0]
+    line = a_space(3).global_line(5)
+    assert all(len(set(settings.values())) == 1 for settings in line)
+    first = [settings["g0"] for settings in line]
+    assert sorted(setting.lam for setting in first) == [1e-3, 1e-2, 1e-1, 1.0, 10.0]
+    # The middle first, then on both sides of it.
+    assert [setting.lam for setting in first[:2]] == [1e-1, 1e-2]
     assert {setting.gamma for setting in first} == {1.0}
 
 
@@ -98,7 +102,7 @@ def test_decode_refuses_what_is_not_in_the_cube(point: tuple[float, ...]) -> Non
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"g0": Setting(1e3, 1.0)}, "outside the bounds"),
+        ({"g0": Setting(1e3, 1.0)}, "λ of g0 is 3, outside the bounds"),
         ({"g0": Setting(0.0, 1.0)}, "outside the bounds"),
         ({"g0": Setting(1.0, 2.0)}, "outside the bounds"),
         ({"stranger": Setting(1.0, 1.0)}, "search space is over"),
@@ -122,7 +126,7 @@ def test_a_setting_must_make_sense(lam: float, gamma: float) -> None:
         ((2.0, -4.0), (0.5, 1.5), "log10_lambda"),
         ((-400.0, 2.0), (0.5, 1.5), "log10_lambda"),
         ((-4.0, 2.0), (0.5, math.nan), "gamma"),
-        ((-4.0, 2.0), (1.1, 1.5), "gamma"),
+        ((-4.0, 2.0), (0.5, 1e4), "gamma"),
     ],
 )
 def test_impossible_bounds_name_their_key(
@@ -177,3 +181,68 @@ def test_an_unknown_grouping_and_a_module_named_twice_are_refused() -> None:
 
 def test_modules_without_layers_can_be_grouped() -> None:
     assert groups_of([MODULES[3]], "depth") == {"pooler": "late"}
+
+
+def test_fixed_tied_and_own_ranges_make_the_axes() -> None:
+    space = Space(
+        ("a", "b", "c"),
+        (-4.0, 2.0),
+        (1.0, 1.0),
+        anchor_scale=(0.5, 1.5),
+        rho=(0.0, 1.0),
+        task_weights=(0.5, 2.0),
+        tasks=("news", "mail"),
+        tied=("anchor_scale", "task_weights"),
+        own={"b": {"log10_lambda": (-1.0, -1.0), "anchor_scale": (1.0, 2.0)}, "c": {"gamma": (0.9, 1.0)}},
+        plain_rho=0.3,
+    )
+    assert [(axis.name, axis.ends) for axis in space.axes] == [
+        ("λ of a", (-4.0, 2.0)),
+        ("ρ of a", (0.0, 1.0)),
+        ("anchor scale of b", (1.0, 2.0)),
+        ("ρ of b", (0.0, 1.0)),
+        ("λ of c", (-4.0, 2.0)),
+        ("γ of c", (0.9, 1.0)),
+        ("ρ of c", (0.0, 1.0)),
+        ("anchor scale of all", (0.5, 1.5)),
+        ("weight of news of all", (0.5, 2.0)),
+        ("weight of mail of all", (0.5, 2.0)),
+    ]
+    settings = space.decode([0.5] * space.dimensions)
+    weights = (("news", 1.25), ("mail", 1.25))
+    assert settings == {
+        "a": Setting(0.1, 1.0, 1.0, 0.5, weights),
+        "b": Setting(0.1, 1.0, 1.5, 0.5, weights),
+        "c": Setting(0.1, 0.95, 1.0, 0.5, weights),
+    }
+    assert space.decode(space.encode(settings)) == settings
+    plain = space.plain(0.1)
+    assert plain is not None
+    assert plain["a"] == Setting(0.1, 1.0, 1.0, 0.3, (("news", 1.0), ("mail", 1.0)))
+    # A group with a number cannot be left at its anchor, which is tried all the same.
+    assert not space.holds(space.anchor())
+    assert space.decode(space.anchor_point())["b"] == Setting(0.1, 1.0, 1.0, 0.5, weights)
+
+
+def test_an_end_of_a_groups_own_below_the_top_is_no_anchor() -> None:
+    space = Space(("a", "b"), (-4.0, 2.0), (0.9, 1.1), own={"a": {"log10_lambda": (-2.0, 0.0)}})
+    top = space.decode([1.0] * 4)
+    assert (top["a"].lam, top["b"].lam) == (1.0, math.inf)
+    assert not space.holds(space.anchor())
+    assert space.plain(10.0) is None
+
+
+def test_groups_and_ranges_that_cannot_be_are_named() -> None:
+    with pytest.raises(RecipeError, match="no module group 'd'; the groups are a"):
+        Space(("a",), (-4.0, 2.0), (0.9, 1.1), own={"d": {"gamma": (1.0, 1.0)}})
+    with pytest.raises(RecipeError, match="nothing to search"):
+        Space(("a",), (-1.0, -1.0), (1.0, 1.0))
+
+
+@modest
+@given(st.integers(0, 15))
+def test_a_longer_line_begins_with_the_middle(count: int) -> None:
+    line = [settings["g0"].lam for settings in a_space().global_line(count)]
+    assert len(line) == len(set(line)) == count
+    if count % 2:
+        assert line[0] == 0.1

@@ -14,13 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import BMMError, OutputError
-from bmm.search.space import Setting
-from bmm.search.study import Study, Trial, best_of
+from bmm.search.setting import Setting
+from bmm.search.study import Study
+from bmm.search.trial import Trial, best_of
 
 IDENTITY = {"experts": ["a", "b"], "seed": 0}
 finite = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(max_size=8)
-hyperparameters = st.builds(Setting, st.one_of(st.floats(0, 1e300), st.just(math.inf)), finite)
+hyperparameters = st.builds(
+    Setting,
+    st.one_of(st.floats(0, 1e300), st.just(math.inf)),
+    finite,
+    finite,
+    st.one_of(st.none(), st.floats(0, 1)),
+    st.lists(st.tuples(names, finite), max_size=2, unique_by=lambda pair: pair[0]).map(tuple),
+)
 
 
 @st.composite
@@ -36,6 +44,8 @@ def trials(draw: st.DrawFn, index: int = 0) -> Trial:
         state="failed" if failed else "complete",
         reason=draw(st.text(max_size=20)) if failed else None,
         seed=draw(st.integers(0, 2**31 - 1)),
+        variance=draw(st.one_of(st.none(), finite)),
+        seen=draw(st.floats(0, 1)),
     )
 
 
@@ -136,12 +146,15 @@ def test_a_damaged_header_starts_over(tmp_path: Path) -> None:
         assert path.read_bytes() == content[:header]
 
 
-def test_lines_out_of_turn_are_cut_off(tmp_path: Path) -> None:
+def test_lines_may_come_in_any_order_but_once(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     written = a_log(path)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], lines[1], lines[3]]))
-    assert list(Study.open(path, IDENTITY).trials) == written[:1]
+    path.write_bytes(b"".join([lines[0], lines[3], lines[1]]))
+    study = Study.open(path, IDENTITY)
+    assert list(study.trials) == [written[0], written[2]]
+    assert (1 in study, 2 in study) == (False, True)
+    assert study[2] == written[2]
     path.write_bytes(b"".join([lines[0], lines[1], lines[2], lines[2]]))
     assert list(Study.open(path, IDENTITY).trials) == written[:2]
 
@@ -155,16 +168,16 @@ def test_another_identity_is_refused_and_the_log_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_only_the_next_trial_and_a_single_writer(tmp_path: Path) -> None:
+def test_a_trial_is_logged_once_and_by_a_single_writer(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     first = Study.open(path, IDENTITY)
-    with pytest.raises(BMMError, match="not the next"):
-        first.append(a_trial(1))
     second = Study.open(path, IDENTITY)
     second.append(a_trial(0))
     content = path.read_bytes()
     with pytest.raises(BMMError, match="another process"):
         first.append(a_trial(0))
+    with pytest.raises(BMMError, match="is in the study"):
+        second.append(a_trial(0))
     assert path.read_bytes() == content
 
 

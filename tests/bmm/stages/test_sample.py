@@ -19,7 +19,7 @@ from bmm.prediction import read_split
 from bmm.recipe import Recipe
 from bmm.requests import Requests
 from bmm.sampling import Sampler
-from bmm.search.space import Setting
+from bmm.search.setting import Setting
 from bmm.sources import fingerprint_inputs, fingerprint_model
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.sample import Draws, evaluate_samples, require_output

@@ -18,9 +18,9 @@ from bmm.pipeline import perform_here, run_stages
 from bmm.plan import cached_results
 from bmm.recipe import Recipe
 from bmm.sources import Model, fingerprint_inputs
+from bmm.stages.assembling import check_coverage
 from bmm.stages.registry import STAGES
 from bmm.stages.request import Request, Result
-from bmm.stages.search import check_coverage
 from bmm.stages.setup import Setup
 from bmm.store import Store
 

@@ -1,0 +1,104 @@
+"""The Gaussian processes of a search: what is fitted to the trials so far, in double precision, reproducibly.
+
+What is done with them is elsewhere: proposing (`bmm.search.bayesian`), choosing what is published
+(`bmm.search.recommend`), telling which hyperparameters matter (`bmm.search.importance`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from bmm.search.space import Space
+from bmm.search.trial import Trial
+from bmm.threads import one_thread
+
+_FIT_ITERATIONS = 50
+# Of the likelihood: four strengths of the sparse prior cost four fits.
+_SPARSE_PRIORS = 4
+# Half a point of a share of one: less than any set of validation rows can tell.
+_LEAST_VARIANCE = 1e-8
+
+
+def inside(space: Space, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials whose settings are those of their points: not an anchor that lies outside of the cube."""
+    return [trial for trial in trials if space.decode(trial.point) == trial.settings]
+
+
+def points_of(trials: Sequence[Trial]) -> Any:
+    """Return the points `(n, d)`, float64."""
+    import torch
+
+    return torch.tensor([trial.point for trial in trials], dtype=torch.float64)
+
+
+def outcomes_of(trials: Sequence[Trial], value: Callable[[Trial], float]) -> Any:
+    """Return a value of each trial `(n, 1)`, float64; that of a failed trial is the worst of the others.
+
+    So the model learns to stay away from what fails.
+    """
+    import torch
+
+    known = {trial.index: value(trial) for trial in trials if trial.objective is not None}
+    worst = min(known.values())
+    values = [known.get(trial.index, worst) for trial in trials]
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
+
+
+def variances_of(trials: Sequence[Trial], noise: float | None) -> Any:
+    """Return the objective's variance of each trial `(n, 1)`, float64; None where one is not known: to be inferred."""
+    import torch
+
+    values = [noise if trial.variance is None else trial.variance for trial in trials]
+    # A failed trial has none, and stands for what is as bad as the worst.
+    known = [value for value in values if value is not None]
+    if len(known) < sum(trial.objective is not None for trial in trials):
+        return None
+    values = [max(max(known) if value is None else value, _LEAST_VARIANCE) for value in values]
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
+
+
+def fitted(points: Any, outcomes: Any, variances: Any = None, *, sparse: bool = False) -> Any:
+    """Return the Gaussian process fitted to outcomes `(n, 1)` at points `(n, d)`, double precision.
+
+    Args:
+        points: in the unit cube.
+        outcomes: what was found there.
+        variances: of their noise `(n, 1)`; without them one is inferred.
+        sparse: under the SAAS prior (Eriksson and Jankowiak, UAI 2021), by which most axes do not matter, at its most
+            probable hyperparameters, for several strengths at once.
+    """
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.models.map_saas import EnsembleMapSaasSingleTaskGP
+    from botorch.models.transforms.outcome import Standardize
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    kind, more = (EnsembleMapSaasSingleTaskGP, {"num_taus": _SPARSE_PRIORS}) if sparse else (SingleTaskGP, {})
+    model = kind(points, outcomes, train_Yvar=variances, outcome_transform=Standardize(m=1), **more)
+    fit_gpytorch_mll(
+        ExactMarginalLogLikelihood(model.likelihood, model),
+        optimizer_kwargs={"options": {"maxiter": _FIT_ITERATIONS}},
+    )
+    return model
+
+
+def numerical_errors() -> tuple[type[Exception], ...]:
+    """Return what numbers raise that fail: a covariance that is not positive definite, a NaN within one, no fit."""
+    from botorch.exceptions import BotorchError, ModelFittingError
+
+    return (BotorchError, ModelFittingError, ArithmeticError, RuntimeError, ValueError)
+
+
+@contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Seed torch and hold it to one thread inside the block, and put both back: sums then have one order."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), one_thread(), warnings.catch_warnings():
+        # What BoTorch warns of (inputs, convergence, jitter) is either handled here or of no use to a caller.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,72 @@
+"""What one evaluation finds, and what of it goes into the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bmm.errors import BMMError, UserError
+from bmm.search.setting import Setting
+from bmm.search.trial import State, Trial
+
+Gains = Mapping[str, NDArray[np.float64]]
+"""By task, what each row adds to the task's part of the objective, (rows,), in an order that is always the same."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one evaluation found.
+
+    Attributes:
+        objective: to be maximised; of a trial that was stopped what it was heading for.
+        tasks: the metric of each task.
+        variance: of the objective over draws of the rows.
+        seen: the share of the rows that were seen; below 1 the trial was stopped.
+        gains: of each row, where the objective is a mean over rows and all were seen.
+    """
+
+    objective: float
+    tasks: Mapping[str, float]
+    variance: float | None = None
+    seen: float = 1.0
+    gains: Gains | None = None
+
+
+Evaluate = Callable[[Mapping[str, Setting], Gains | None], Outcome]
+"""Measures settings by group; given the rows of the best trial so far, it may stop when these cannot be beaten."""
+
+
+def as_trial(future: Future[Outcome], bare: Trial) -> tuple[Trial, Gains | None]:
+    """Return a trial with what was found for it, or with why nothing was, and what its rows gained.
+
+    Raises:
+        UserError: as the evaluation raised it.
+        BMMError: the anchor, trial 0, could not be evaluated.
+    """
+    try:
+        outcome = future.result()
+    except UserError:
+        raise
+    except (BMMError, FloatingPointError) as error:
+        if bare.index == 0:
+            raise BMMError(f"the anchor could not be evaluated: {error}") from error
+        return replace(bare, reason=f"{type(error).__name__}: {error}"), None
+    if not all(math.isfinite(number) for number in (outcome.objective, *outcome.tasks.values())):
+        if bare.index == 0:
+            raise BMMError("the anchor could not be evaluated: its objective or a task's metric is not finite")
+        return replace(bare, reason="the objective or a task's metric is not finite"), None
+    state: State = "complete" if outcome.seen == 1 else "stopped"
+    found = replace(
+        bare,
+        objective=outcome.objective,
+        tasks=outcome.tasks,
+        state=state,
+        variance=outcome.variance,
+        seen=outcome.seen,
+    )
+    return found, outcome.gains

@@ -1,0 +1,100 @@
+"""What a search is to do, apart from its space: how many trials, who proposes them, and what counts as good."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bmm.search.settings import ALL_TASKS, Searcher, SearchSettings
+from bmm.search.trial import Trial
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The orders of one search.
+
+    Attributes:
+        trials: how many there may be.
+        seed: of every random draw.
+        searcher: what proposes.
+        parallel: trials under way at the same time.
+        evaluations: how many of the trials may run the model; None for no limit.
+        minutes: after how many none begins; None for no limit.
+        reference: the `λ` that a walk through the network went on with, if it was one for all maps.
+        noise: the objective's variance over draws of the rows, of a model about as good as the experts, if known.
+        experts: each task's metric of its expert.
+        floors: share of its expert's metric that a task must keep.
+        worst_task: propose for the least share of any task too.
+        racing: let the evaluation know the best trial before, so that it may stop one that cannot win.
+    """
+
+    trials: int
+    seed: int
+    searcher: Searcher = "bayesian"
+    parallel: int = 1
+    evaluations: int | None = None
+    minutes: float | None = None
+    reference: float | None = None
+    noise: float | None = None
+    experts: Mapping[str, float] = field(default_factory=dict)
+    floors: Mapping[str, float] = field(default_factory=dict)
+    worst_task: bool = False
+    racing: bool = False
+
+    @classmethod
+    def of(
+        cls, settings: SearchSettings, experts: Mapping[str, float], noise: float | None, reference: float | None
+    ) -> Plan:
+        """Return the plan that a recipe asks for."""
+        return cls(
+            trials=settings.trials,
+            seed=settings.seed,
+            searcher=settings.searcher,
+            parallel=settings.parallel,
+            evaluations=settings.evaluations,
+            minutes=settings.minutes,
+            reference=reference,
+            noise=noise,
+            experts=dict(experts),
+            floors=floors_by_task(settings.floors, tuple(experts)),
+            worst_task=settings.also == "worst-task",
+            racing=settings.racing,
+        )
+
+    @property
+    def lag(self) -> int:
+        """How many trials before one its proposal does not wait for.
+
+        As many as are evaluated side by side: so the next is at hand when a worker becomes free, one straggler holds
+        nobody up, and what is proposed does not depend on who finishes first.
+        """
+        return self.parallel if self.parallel > 1 else 0
+
+    def shares(self, trial: Trial) -> dict[str, float]:
+        """Return each task's share of its expert's metric."""
+        return {task: trial.tasks[task] / expert for task, expert in self.experts.items()}
+
+    def worst(self, trial: Trial) -> float:
+        """Return the least share of any task."""
+        return min(self.shares(trial).values())
+
+    def shortfall(self, trial: Trial) -> float:
+        """Return by how much the tasks miss their floors, in sum; 0 where all are kept."""
+        if not self.floors:
+            return 0.0
+        shares = self.shares(trial)
+        return sum(max(0.0, floor - shares[task]) for task, floor in self.floors.items())
+
+
+def floors_by_task(floors: Mapping[str, float], tasks: tuple[str, ...]) -> dict[str, float]:
+    """Return the floor of every task that has one."""
+    return {
+        task: floors.get(task, floors.get(ALL_TASKS, 0.0)) for task in tasks if task in floors or ALL_TASKS in floors
+    }
+
+
+def trial_seed(seed: int, index: int, purpose: str = "trial") -> int:
+    """Return the 31-bit seed of one trial of a study; different purposes get independent ones."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
