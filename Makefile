@@ -9,7 +9,7 @@ BENCHMARK ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test benchmark benchmark-methods benchmark-scale check clean
+.PHONY: install demo test benchmark benchmark-methods benchmark-scale benchmark-search check clean
 
 install: $(STAMP)
 
@@ -26,13 +26,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-benchmark: benchmark-methods benchmark-scale
+benchmark: benchmark-methods benchmark-scale benchmark-search
 
 benchmark-methods: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m benchmarks.methods $(BENCHMARK)
 
 benchmark-scale: $(STAMP)
 	PYTHONPATH=tests $(VENV)/bin/python -m benchmarks.scale $(BENCHMARK)
+
+benchmark-search: $(STAMP)
+	PYTHONPATH=tests $(VENV)/bin/python -m benchmarks.searchers $(BENCHMARK)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 2
-    document = {**_where(), "how": summary.HOW, "quick": said.quick, "zoos": results}
+    document = {**where(), "how": summary.HOW, "quick": said.quick, "zoos": results}
     said.output.mkdir(parents=True, exist_ok=True)
     path = said.output / "methods.json"
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -203,7 +203,7 @@ def _show(results: dict[str, Any], console: Console) -> bool:
     return failed
 
 
-def _where() -> dict[str, Any]:
+def where() -> dict[str, Any]:
     """Return the machine, the day and the versions that decide numbers."""
     return {
         "date": datetime.now(UTC).date().isoformat(),

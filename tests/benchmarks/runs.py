@@ -21,7 +21,7 @@ from benchmarks.leads import Lead
 from benchmarks.peers import Peer
 from benchmarks.rows import LAMBDA, PROPAGATED, Changes, How, Row
 
-from bmm.evaluation.metrics import Measured
+from bmm.evaluation.metrics import Measured, mean_ratio_to_expert
 from bmm.pipeline import perform_here, run_stages
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import Recipe
@@ -94,6 +94,33 @@ class Bench:
                 reference, seconds = self._own(row.how, seed, rows)
         self.answers(reference.digest, lambda: StoredWeights(self.store.read(reference)).state(), row.method)
         return Model(reference.digest, seconds)
+
+    def merged(self, how: How, seed: int, rows: int) -> str:
+        """Merge by a recipe, let the model answer validation and test rows, and return its digest."""
+        reference, _ = self._own(how, seed, rows)
+        _, panel = self._test
+        for split in ("validation", "test"):
+            state = StoredWeights(self.store.read(reference)).state
+            panel.predictions(reference.digest, state, panel.tasks, split, "model")
+        return reference.digest
+
+    def search_of(self, how: How, seed: int, rows: int) -> dict[str, Any]:
+        """Return what the search stage of a recipe that has been run says."""
+        _, _, results = self._results(how, seed, rows)
+        found: dict[str, Any] = self.store.read(results["search"].reference("search")).read_json("search.json")
+        return found
+
+    def share(self, digest: str, split: str) -> float:
+        """Return a known model's mean over tasks of its score over the expert's, as searches maximise it."""
+        setup, panel = self._test
+
+        def unknown() -> NoReturn:
+            raise KeyError(f"the model {digest} has not been run")
+
+        experts = expert_predictions(setup, panel, split)
+        found = panel.predictions(digest, unknown, panel.tasks, split, "model")
+        scores = {task: one.score for task, one in found.items()}
+        return mean_ratio_to_expert(scores, {task: one.score for task, one in experts.items()})
 
     def _own(self, how: How, seed: int, rows: int) -> tuple[Reference, float]:
         """Return the model of a recipe, and the seconds of the stages behind it, those that only read rows apart."""
@@ -174,7 +201,7 @@ class Bench:
             source = expert["task"]["calibration"]
             source |= {"rows": min(rows, pool[expert["name"]]), "seed": seed}
         if isinstance(values.get("search"), dict):
-            values["search"] |= {"seed": seed}
+            values["search"] = {"seed": seed, **values["search"]}
         return Recipe.from_mapping(values, folder=self.given.folder)
 
     def _results(self, how: How, seed: int, rows: int) -> tuple[Recipe, Inputs, Mapping[str, Result]]:
