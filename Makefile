@@ -16,7 +16,7 @@ install: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	@echo "installing into $(VENV): a few minutes and 2.5 GB the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,peers,lm-eval,cluster]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,peers,lm-eval,cluster,infra]'
 	touch $@
 
 demo: $(STAMP)
