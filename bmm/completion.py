@@ -106,7 +106,8 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
     trials_said = "trials" in search.model_fields_set
     strength_said = "strength" in regression.model_fields_set
     fixed = strength_said and regression.strength != "search"
-    if strength_said and regression.mode == "none":
+    # A recipe that was completed before says the default.
+    if fixed and regression.mode == "none":
         raise ValueError("'regression.lambda': without regression there is no prior; remove it, or set another mode")
     if trials_said and search.trials and not validation:
         raise ValueError(
@@ -116,7 +117,7 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
         raise ValueError(
             "'regression.lambda': this leaves nothing to search; remove search.trials, or set the key to search"
         )
-    if strength_said and not fixed:
+    if strength_said and not fixed and regression.mode != "none":
         if not validation:
             raise ValueError(
                 "'regression.lambda': a search needs validation rows for every expert; add them, or give a number"

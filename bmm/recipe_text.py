@@ -62,6 +62,13 @@ search: {{per: type, trials: {trials}, objective: share-of-expert, seed: {seed}}
 
 # The merged checkpoint with its heads, report.html and merge.json.
 output: {output}
+
+# Every night (`bmm deploy {file} --serve`): when it begins, and what a new model has to show to take the place of the
+# one in `output`. Experts that come later are found with a line `- find: ./experts/*` under `experts`, and a task in
+# which {{name}} stands for the name of each.
+nightly:
+  schedule: {{cron: "0 3 * * *", timezone: UTC}}
+  gate: {{gain: 0.0, loss: 0.05}}
 """
 
 
@@ -166,7 +173,7 @@ def recipe_text(
         for split, path in entry.splits.items():
             key = f"{split}:"
             text += f"      {key:<12} {{path: {_builder(path)}, data_files: {_scalar(path)}, split: train}}\n"
-    return text + _TAIL.format(anchor=anchor, trials=trials, seed=seed, output=_scalar(output))
+    return text + _TAIL.format(file=file, anchor=anchor, trials=trials, seed=seed, output=_scalar(output))
 
 
 def _builder(path: str) -> str:

@@ -70,7 +70,8 @@ def api_url() -> str | None:
     """Return the address of the server that is configured, None if there is none."""
     from prefect.settings import get_current_settings
 
-    return get_current_settings().api.url
+    # Settings are read once in a process, and a server may have been started since.
+    return os.environ.get("PREFECT_API_URL") or get_current_settings().api.url
 
 
 def require_server() -> None:
@@ -108,6 +109,10 @@ def served(store: Store, pool: str) -> Iterator[Callable[[], None]]:
         return process
 
     def work() -> None:
+        from flows.dead_runs import end_dead_runs
+
+        # Nothing of an earlier worker of this machine is at work any more.
+        end_dead_runs(store)
         worker = start("worker", "worker", "start", "--pool", pool, "--type", "process")
         try:
             code = worker.wait()

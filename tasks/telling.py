@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from bmm.report.night import headline, night_markdown
@@ -22,10 +23,15 @@ def tell_people(found: Mapping[str, Any]) -> str | None:
     addresses = os.environ.get(VARIABLE, "").split()
     if not addresses:
         return None
+    with _unlogged("apprise", "urllib3"):
+        failed = _sent(addresses, found)
+    return f"{VARIABLE}: {', '.join(failed)}" if failed else None
+
+
+def _sent(addresses: Sequence[str], found: Mapping[str, Any]) -> list[str]:
+    """Send to each address; return what went wrong, by the addresses' numbers."""
     import apprise
 
-    # It writes whole addresses into its log.
-    logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
     failed = []
     kind = {"promoted": "success", "rejected": "warning", "failed": "failure"}.get(found["outcome"], "info")
     for number, address in enumerate(addresses, 1):
@@ -39,4 +45,18 @@ def tell_people(found: Mapping[str, Any]) -> str | None:
             notify_type=kind,
         ):
             failed.append(f"address {number} could not be told")
-    return f"{VARIABLE}: {', '.join(failed)}" if failed else None
+    return failed
+
+
+@contextmanager
+def _unlogged(*names: str) -> Iterator[None]:
+    """Keep these libraries' logs silent, which name whole addresses, for the length of the block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

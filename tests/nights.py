@@ -31,9 +31,10 @@ def found_experts(pico: Path, **nightly: Any) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Set top-level keys of a recipe."""
-    said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump({**said, **changes}, sort_keys=False), encoding="utf-8")
+    """Set top-level keys of a recipe (None removes)."""
+    said = {**yaml.safe_load(path.read_text(encoding="utf-8")), **changes}
+    said = {key: value for key, value in said.items() if value is not None}
+    path.write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
 
 
 def copy_expert(pico: Path, name: str, new: str) -> None:

@@ -340,6 +340,13 @@ def test_the_document_gives_the_same_recipe_again(values: dict[str, Any]) -> Non
     assert again == recipe
 
 
+def test_the_document_of_an_anchor_alone_gives_the_same_recipe_again(values: dict[str, Any]) -> None:
+    values |= {"regression": {"mode": "none"}}
+    del values["grams"], values["search"]
+    recipe = Recipe.from_mapping(values)
+    assert Recipe.from_mapping(json.loads(json.dumps(recipe.document()))) == recipe
+
+
 def test_a_recipe_cannot_be_changed(values: dict[str, Any]) -> None:
     recipe = Recipe.from_mapping(values)
     with pytest.raises(ValidationError):
