@@ -158,6 +158,8 @@ def _check_search(said: Choices, experts: Collection[str]) -> None:
             "'search.task_weights': a walk's sums over tasks hold one weighting; set regression.mode to module-wise, "
             "or regression.task_weights to numbers"
         )
+    if search.trials and search.walk == "every-trial" and said.regression.mode != "propagated":
+        raise ValueError("'search.walk': only propagated regression walks; set regression.mode to propagated")
     for task in search.floors:
         if task not in (*experts, ALL_TASKS):
             raise ValueError(

@@ -111,6 +111,11 @@ class SearchSettings(BaseModel):
         description="worst-task: propose for the least share of any task as well as for the objective, and show "
         "which settings trade one for the other; the objective still chooses",
     )
+    walk: Literal["once", "every-trial"] = Field(
+        default="once",
+        description="in propagated mode: once, trials vary λ on the sums of one walk, exact at that walk's λ; "
+        "every-trial, each walks with its own, from the first layer whose λ no walk before had: exact, and far dearer",
+    )
     racing: bool = Field(
         default=True,
         description="stop a trial once the rows seen so far leave it no chance against the best one before it",
@@ -161,6 +166,24 @@ class SearchSettings(BaseModel):
                 if wrong := out_of_bounds(key, value):
                     raise ValueError(f"'search.groups.{group}.{key}': {wrong}")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _walked(cls, said: Any) -> Any:
+        """A walk goes on with the weights that it has solved, around the anchor as it is, on all workers there are."""
+        if not isinstance(said, dict) or said.get("walk") != "every-trial":
+            return said
+        if said.get("parallel", 1) != 1:
+            raise ValueError("'search.parallel': a walk takes all workers; set it to 1, or walk: once")
+        groups = said.get("groups") or {}
+        for where in (said, *(own for own in groups.values() if isinstance(own, dict))):
+            for key, plain in (("gamma", 1), ("anchor_scale", 1)):
+                if where.get(key, plain) not in (plain, [plain, plain], (plain, plain)):
+                    raise ValueError(
+                        f"'search.{key}': a walk in every trial goes on with the weights it has solved around the "
+                        f"anchor; set it to {plain}, or walk: once"
+                    )
+        return {**said, "gamma": 1.0}
 
     @model_validator(mode="after")
     def _one_model(self) -> SearchSettings:

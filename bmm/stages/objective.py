@@ -24,6 +24,7 @@ from bmm.stages.anchor import published_dtypes
 from bmm.stages.panel import expert_answers, panel_of
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
+from bmm.stages.walking import Walking
 
 DTYPES = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The recipe's words for a dtype, in safetensors' words; None is each parameter's own dtype in the base."""
@@ -84,7 +85,7 @@ class Objective:
                 self.noise = value_of(self._objective, measured, found, self._references)[1] or None
 
     def evaluate(
-        self, assembler: Assembler, chosen: Mapping[str, Setting], rival: Mapping[str, Gains] | None
+        self, assembler: Assembler | Walking, chosen: Mapping[str, Setting], rival: Mapping[str, Gains] | None
     ) -> Outcome:
         """Run the model of one setting for each group; with a rival's gains it may stop before all rows are seen.
 

@@ -61,17 +61,33 @@ class Walked:
     solved: Callable[[str], Solved]
 
 
-def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) -> Walked:
+def walk(
+    work: Work,
+    request: Request,
+    setup: Setup,
+    anchored: StoredWeights,
+    strengths: Mapping[str, float] | None = None,
+) -> Walked:
     """Walk through the network, layer by layer, as often as the recipe has rounds.
 
-    Layers that an earlier, killed run has finished are taken from the store; with all of them there, no model is
-    built and no worker starts.
+    Layers that an earlier run, killed or with the same strengths up to there, has finished are taken from the store;
+    with all of them there, no model is built and no worker starts.
+
+    Args:
+        work: the way to the store.
+        request: that of the search.
+        setup: the merge.
+        anchored: gives the anchor's tensors.
+        strengths: each map's `λ`, `math.inf` for those that keep the anchor; without, the recipe's `walk_lambda`. With
+            several, moments are not kept, and asking for them is a mistake.
 
     Raises:
         ClusterError: the Dask workers failed for good.
     """
     units = units_of(setup.regressed)
     inputs, settings = _identity(work, request, setup)
+    if strengths is not None:
+        settings["lambda"] = _said_strengths(strengths, setup.regressed)
     rounds = request.settings["regression"]["rounds"]
     steps = sum(len(unit.groups) for unit in units) * len(setup.experts)
     prior: Callable[[str], torch.Tensor] = anchored
@@ -83,15 +99,25 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
                 inputs = {**inputs, "before": [reference.digest for reference in before]}
             done: list[Reference] = []
             with ExitStack() as stack:
-                walker = _Walker(work, request, setup, prior, before, digest_json([turn, inputs, settings]), stack, bar)
+                identity = digest_json([turn, inputs, settings])
+                walker = _Walker(work, request, setup, prior, before, identity, strengths, stack, bar)
+                passed: list[LinearMap] = []
                 for unit in units:
+                    passed += [map_ for members in unit.groups.values() for map_ in members]
+                    # What a layer's weights are made of: its own strength and those of the layers before it.
+                    own = settings if strengths is None else {**settings, "lambda": _said_strengths(strengths, passed)}
 
-                    def make(draft: Draft, unit: Unit = unit, walker: _Walker = walker) -> None:
-                        walker.solve_unit(draft, unit)
+                    # Sums of a walk of its own strengths serve no other, and are larger than the model several times.
+                    moments = not isinstance(own["lambda"], Mapping)
+
+                    def make(
+                        draft: Draft, unit: Unit = unit, walker: _Walker = walker, moments: bool = moments
+                    ) -> None:
+                        walker.solve_unit(draft, unit, moments=moments)
 
                     made = work.made
                     reference = work.obtain(
-                        "walk", {**inputs, "unit": unit.name}, make, settings=settings, version=WALK_VERSION
+                        "walk", {**inputs, "unit": unit.name}, make, settings=own, version=WALK_VERSION
                     )
                     if work.made == made:
                         bar.advance(len(unit.groups) * len(setup.experts))
@@ -106,7 +132,7 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
         artefact = work.read(reference)
         place |= dict.fromkeys(unit.groups, artefact)
         said = artefact.read_json("unit.json")
-        lambdas |= said["lambdas"]
+        lambdas |= {module: math.inf if lam is None else lam for module, lam in said["lambdas"].items()}
         conditions |= said["conditions"]
         unreached |= set(said["anchored"])
     members = _members(setup.regressed)
@@ -116,6 +142,14 @@ def walk(work: Work, request: Request, setup: Setup, anchored: StoredWeights) ->
         return Solved(solutions[module].tensor(module), conditions[module], module in unreached)
 
     return Walked(lambda group: read_moments(place[group], group, members[group]), lambdas, prior, solved)
+
+
+def _said_strengths(strengths: Mapping[str, float], maps: Sequence[LinearMap]) -> Any:
+    """Return strengths as JSON: one number where all are alike, so that walks share what they have in common."""
+    said = {map_.module: strengths[map_.module] for map_ in maps}
+    if len(set(said.values())) == 1 and not math.isinf(one := next(iter(said.values()))):
+        return one
+    return {module: None if math.isinf(lam) else lam for module, lam in said.items()}
 
 
 def read_moments(artefact: Artefact, group: str, modules: Sequence[str]) -> Moments:
@@ -162,9 +196,11 @@ class _Walker:
         prior: Callable[[str], torch.Tensor],
         before: Sequence[Reference],
         identity: str,
+        strengths: Mapping[str, float] | None,
         stack: ExitStack,
         bar: Bar,
     ) -> None:
+        self._strengths = strengths
         self._work = work
         self._request = request
         self._prior = prior
@@ -181,22 +217,22 @@ class _Walker:
         self._workers: Cluster | None = None
         self._shares: list[tuple[int, ...]] = []
 
-    def solve_unit(self, draft: Draft, unit: Unit) -> None:
-        """Solve the groups of one unit in order, and write moments and solutions."""
+    def solve_unit(self, draft: Draft, unit: Unit, *, moments: bool) -> None:
+        """Solve the groups of one unit in order, and write solutions and, if asked for, moments."""
         self._start()
         kept: list[Reference] = []
         try:
-            self._solve_unit(draft, unit, kept)
+            self._solve_unit(draft, unit, kept, moments=moments)
         finally:
             for reference in kept:
                 # A store that cannot be reached any more says so elsewhere, and prunes what is left.
                 with suppress(BMMError):
                     self._work.store.discard(reference.kind, reference.key)
 
-    def _solve_unit(self, draft: Draft, unit: Unit, kept: list[Reference]) -> None:
+    def _solve_unit(self, draft: Draft, unit: Unit, kept: list[Reference], *, moments: bool) -> None:
         tensors: dict[str, torch.Tensor] = {}
         solutions: dict[str, torch.Tensor] = {}
-        lambdas: dict[str, float] = {}
+        lambdas: dict[str, float | None] = {}
         conditions: dict[str, float | None] = {}
         anchored: list[str] = []
         rows: dict[str, tuple[int, ...]] = {}
@@ -205,27 +241,38 @@ class _Walker:
             found = {}
             everything, *folds = (trusted(total(fold, self._weights), unit.groups[group]) for fold in parts)
             where = f"the input of {group}"
-            if not folds and serves(len(everything.gram), self._lambda):
-                solver: Ridge | Spectrum = Ridge(everything.gram, self._lambda, where=where)
-            else:
+            asked = {map_.module: self._strength(map_.module) for map_ in unit.groups[group]}
+            finite = {lam for lam in asked.values() if not math.isinf(lam)}
+            solver: Ridge | Spectrum | None = None
+            if not folds and len(finite) == 1 and serves(len(everything.gram), one := min(finite)):
+                solver = Ridge(everything.gram, one, where=where)
+            elif folds or finite:
                 solver = everything.spectrum(where)
             for map_ in unit.groups[group]:
                 anchor = map_.matrix(self._prior)
-                lam = self._lambda if not folds else _chosen(folds, map_, anchor)
-                lambdas[map_.module] = lam
+                lam = asked[map_.module] if not folds else _chosen(folds, map_, anchor)
+                lambdas[map_.module] = None if math.isinf(lam) else lam
                 mean, condition = _solution(solver, everything, map_.module, anchor, lam)
                 found[map_.module] = mean.to(torch.float32).contiguous()
                 conditions[map_.module] = condition if math.isfinite(condition) else None
-                if solver.trace == 0:
+                if solver is not None and solver.trace == 0:
                     anchored.append(map_.module)
             kept.append(self._keep(unit, group, found))
             solutions |= found
-            tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
+            if moments:
+                tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
             rows[group] = everything.rows
-        save_file(tensors, draft.path / _MOMENTS)
+        if moments:
+            save_file(tensors, draft.path / _MOMENTS)
         save_file(solutions, draft.path / SOLUTIONS)
         said = {"rows": rows, "lambdas": lambdas, "conditions": conditions, "anchored": anchored}
         draft.write_json("unit.json", {"name": unit.name, **said})
+
+    def _strength(self, module: str) -> float:
+        """Return the `λ` of a map; of one whose rows held out choose it, any."""
+        if self._strengths is not None:
+            return self._strengths[module]
+        return self._lambda if isinstance(self._lambda, float | int) else DEFAULT_LAMBDA
 
     def _keep(self, unit: Unit, group: str, found: Mapping[str, torch.Tensor]) -> Reference:
         """Put a group's solutions where every worker finds them, for as long as its unit is in work."""
@@ -283,9 +330,11 @@ class _Walker:
 
 
 def _solution(
-    solver: Ridge | Spectrum, moments: Moments, module: str, anchor: torch.Tensor, lam: float
+    solver: Ridge | Spectrum | None, moments: Moments, module: str, anchor: torch.Tensor, lam: float
 ) -> tuple[torch.Tensor, float]:
     """Return one map's posterior mean, float64, and the condition number of what was inverted for it."""
+    if solver is None or math.isinf(lam):
+        return anchor, 1.0
     if isinstance(solver, Ridge):
         return solver.mean(anchor, moments.pull(module, anchor)), solver.condition
     posterior = moments.posterior(solver, module, anchor)

@@ -86,6 +86,11 @@ class Draws:
         self._found = found
         self._setup = setup_of(work, request)
         search = work.read(found).read_json("search.json")
+        if search["trials"] and request.settings["search"]["walk"] == "every-trial":
+            raise RecipeError(
+                "'search.walk': this merge walked in every trial and kept no sums to draw models from; set it to once, "
+                "or draw from a merge with a fixed regression.lambda"
+            )
         chosen = {group: Setting.from_json(value) for group, value in search["best"]["settings"].items()}
         groups = module_groups(self._setup, search["per"])
         self._settings = {module: chosen[group] for module, group in groups.items()}

@@ -44,6 +44,7 @@ from bmm.stages.request import Request, Work, version_of
 from bmm.stages.setup import Setup, setup_of
 from bmm.stages.strength import check_groups, described, settings_without_search
 from bmm.stages.trial_part import TrialRequest, as_outcome, forget, trial_outcome
+from bmm.stages.walking import Walking
 from bmm.store import Draft, artefact_key
 from bmm.weights import ExpertWeights
 
@@ -115,12 +116,16 @@ def _searched(
         "version": version_of("search"),
     }
     with ExitStack() as stack:
+        walking = Walking(work, request, setup, weights, anchored) if settings.walk == "every-trial" else None
         # With trials side by side the factors are in the workers; here each map is solved once, at the end.
-        assembler = assembler_of(work, request, setup, weights, anchored, keep=plan.parallel == 1)
-        evaluate: Evaluate = partial(objective.evaluate, assembler)
+        keep = plan.parallel == 1 and walking is None
+        assembler = assembler_of(work, request, setup, weights, anchored, keep=keep)
+        evaluate: Evaluate = partial(objective.evaluate, walking or assembler)
         if plan.parallel > 1:
             evaluate = _at_workers(work, request, stack, digest_json(identity))
         found = _studied(work, draft, space, plan, identity, evaluate)
+        if walking is not None and found.best.settings != space.anchor():
+            assembler = walking.at({module: found.best.settings[group] for module, group in groups.items()})
     told = {
         "per": settings.per,
         "lambda": "search",

@@ -233,3 +233,65 @@ def test_workers_find_what_this_process_would(
             Store.open(merged / "store").discard(entry.kind, entry.key)
     monkeypatch.setattr("bmm.stages.search._at_workers", here)
     assert searched(merged) == (there, weights)
+
+
+def walks(folder: Path) -> set[str]:
+    return {entry.key for entry in Store.open(folder / "store").entries() if entry.kind == "walk"}
+
+
+def test_a_walk_of_every_trial_is_that_of_a_merge_with_its_strengths(
+    merged: Path, edit_recipe: Edit, in_process: None
+) -> None:
+    """Equal strengths give the plain walk's own artefacts; others begin at the first layer that differs."""
+    edit_recipe(merged, search={"per": "type", "trials": 12, "walk": "every-trial", "objective": "nll"})
+    before = walks(merged)
+    found, weights = searched(merged)
+    assert {setting["gamma"] for trial in found["trials"] for setting in trial["settings"].values()} == {1.0}
+    line = [trial for trial in found["trials"] if trial["origin"] == "global"]
+    # The walk's own strength was walked already; each other one is three layers.
+    assert len(walks(merged) - before) >= 3 * (len(line) - 1)
+    assert len({trial["objective"] for trial in line}) == len(line)
+    # What a merge with that one strength publishes is what the trial measured.
+    for trial in line[:3]:
+        edit_recipe(
+            merged,
+            search=None,
+            regression={"lambda": trial["settings"]["qkv"]["lambda"]},
+        )
+        known = walks(merged)
+        searched(merged)
+        assert walks(merged) == known
+    best = found["trials"][found["best"]["index"]]["settings"]
+    if len({setting["lambda"] for setting in best.values()}) == 1 and best["qkv"]["lambda"] is not None:
+        edit_recipe(merged, search=None, regression={"lambda": best["qkv"]["lambda"]})
+        assert searched(merged)[1] == weights
+
+
+def test_a_changed_layer_is_walked_from_there_on(merged: Path, edit_recipe: Edit, in_process: None) -> None:
+    from bmm.prediction import StoredWeights
+    from bmm.requests import Requests
+    from bmm.stages.propagation import walk
+    from bmm.stages.request import Work
+    from bmm.stages.setup import setup_of
+
+    recipe = Recipe.from_yaml(edit_recipe(merged, search={"per": "type", "trials": 3, "walk": "every-trial"}))
+    inputs, store = fingerprint_inputs(recipe), Store.open(merged / "store")
+    results = run_stages(recipe, inputs, store, perform_here, UPTO_SEARCH[:-1])
+    request = Requests(recipe, inputs).build("search", results)
+    work = Work(store)
+    setup = setup_of(work, request)
+    anchored = StoredWeights(work.read(request.inputs["anchor"]))
+    plain = {map_.module: 0.1 for map_ in setup.regressed}
+    first = walk(work, request, setup, anchored, plain)
+    assert work.made == 0
+    last = [map_.module for map_ in setup.regressed if map_.layer == 1][-1]
+    second = walk(work, request, setup, anchored, {**plain, last: 5.0})
+    # The second layer and the pooler behind it.
+    assert work.made == 2
+    for map_ in setup.regressed:
+        same = first.solved(map_.module).solution.equal(second.solved(map_.module).solution)
+        assert same == (map_.layer == 0 or (map_.layer == 1 and map_.module != last)), map_.module
+    kept = walk(work, request, setup, anchored, {**plain, last: math.inf})
+    anchor = next(map_ for map_ in setup.regressed if map_.module == last).matrix(anchored)
+    assert kept.solved(last).solution.equal(anchor.to(kept.solved(last).solution.dtype))
+    assert kept.lambdas[last] == math.inf
