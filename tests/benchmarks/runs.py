@@ -104,6 +104,10 @@ class Bench:
             panel.predictions(reference.digest, state, panel.tasks, split, "model")
         return reference.digest
 
+    def before_search(self, how: How, seed: int, rows: int) -> tuple[Recipe, Inputs, Mapping[str, Result]]:
+        """Return a recipe, its inputs, and the results of the stages that a search stands on."""
+        return self._results(how, seed, rows)
+
     def search_of(self, how: How, seed: int, rows: int) -> dict[str, Any]:
         """Return what the search stage of a recipe that has been run says."""
         _, _, results = self._results(how, seed, rows)

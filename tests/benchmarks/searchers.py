@@ -25,6 +25,7 @@ from benchmarks.methods import where
 from benchmarks.rows import MODULE_WISE, PROPAGATED, How
 from benchmarks.runs import Bench, Zoo
 from benchmarks.summary import BOOTSTRAP
+from benchmarks.trial_costs import trial_costs
 from benchmarks.workers import share_out
 from benchmarks.zoos import zoo_of
 from rich.console import Console
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = said.output / "search.json"
     path.write_text(json.dumps({**where(), "zoos": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, result in results.items():
-        Console().print(table(name, result))
+        if result["rows"]:
+            Console().print(table(name, result))
     console.print(str(path), markup=False, soft_wrap=True)
     return 0
 
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=("module-wise", "propagated"), default="module-wise")
     parser.add_argument("--objective", default="share-of-expert", help="as search.objective")
     parser.add_argument("--only", action="append", choices=SEARCHERS, help="only this searcher; may be repeated")
+    parser.add_argument("--costs", action="store_true", help="only what a trial and a proposal cost")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     return parser
 
@@ -101,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
 def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]:
     bench = Bench(zoo)
     experts = bench.references()["expert"]
+    costs = trial_costs(bench, *bench.before_search(How(_changes(said.mode), "both"), 0, said.rows))
+    for name, found in costs.items():
+        console.print(f"{zoo.name}: {name.replace('_', ' ')}: {found['median']:.3f}", markup=False, soft_wrap=True)
+    if said.costs:
+        return {"rows": [], "costs": costs}
     runs: dict[str, list[Run]] = {}
     jobs = _jobs(zoo, said)
     for done, (_, job, outcome) in enumerate(share_out(jobs, _run, said.processes), 1):
@@ -121,6 +129,7 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
     answers = {digest: bench.answers(digest) for digests in models.values() for digest in digests}
     goal = median(_best_after(run, said.trials) for run in runs["random"]) if "random" in runs else None
     return {
+        "costs": costs,
         "rows": _rows(models, answers, experts, runs, validation, goal, said),
         "settings": {
             **{key: getattr(said, key) for key in ("seeds", "rows", "trials", "per", "mode", "objective")},

@@ -17,6 +17,9 @@ def test_one_command_sets_searchers_beside_each_other(
     said += ["--seeds=2", "--trials=5", "--per=model", "--rows=16", "--only=bayesian", "--only=random"]
     assert searchers.main(said) == 0
     document = json.loads((pico / "results" / "search.json").read_text(encoding="utf-8"))
+    costs = document["zoos"]["pico"]["costs"]
+    assert 0 < costs["assembly_vs_evaluation"]["median"] < 1
+    assert costs["proposal_96_dimensions_vs_evaluation"]["median"] > 0
     rows = {row["searcher"]: row for row in document["zoos"]["pico"]["rows"]}
     assert set(rows) == {"bayesian", "random", "best global λ", "anchor"}
     for row in rows.values():
