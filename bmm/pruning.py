@@ -53,7 +53,7 @@ def prune(store: Store, retention: Retention, models: Collection[str], *, dry_ru
         going = [one for one in going if store.discard(one.entry.kind, one.entry.key, used_since=one.entry.used)]
         leftovers = store.remove_leftovers() + store.remove_uploads()
         if retention.older_than_days is not None:
-            leftovers += store.remove_progress(now - retention.older_than_days * 86400)
+            leftovers += store.remove_traces(now - retention.older_than_days * 86400)
     left = sum(entry.bytes for entry in entries) - sum(one.entry.bytes for one in going)
     over = max(0, left - retention.limit) if retention.limit is not None else 0
     return Pruned(going, protected, left, over, leftovers)

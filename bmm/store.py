@@ -277,8 +277,8 @@ class Store(ABC):
         """Remove what killed runs have left of artefacts; return how many pieces of work that was."""
 
     @abstractmethod
-    def remove_progress(self, before: float) -> int:
-        """Remove the progress of artefacts that nobody has worked on since a time; return how many."""
+    def remove_traces(self, before: float) -> int:
+        """Remove progress and lock files of artefacts that nobody has worked on since a time; return of how many."""
 
     def remove_uploads(self) -> int:
         """Remove what killed runs have left where others can see it; return how many files."""

@@ -210,8 +210,8 @@ class Folder:
                     removed += 1
         return removed
 
-    def remove_progress(self, before: float) -> int:
-        """Remove the progress of artefacts that nobody has worked on since a time; return how many."""
+    def remove_traces(self, before: float) -> int:
+        """Remove progress and lock files of artefacts that nobody has worked on since a time; return of how many."""
         removed = 0
         for left in sorted((self.root / "progress").glob("*")):
             kind, _, key = left.name.rpartition("-")
@@ -219,6 +219,15 @@ class Folder:
                 if free and max(path.stat().st_mtime for path in (left, *left.rglob("*"))) < before:
                     shutil.rmtree(left, ignore_errors=True)
                     removed += 1
+        for file in sorted((self.root / "locks").glob("*.lock")):
+            kind, _, key = file.name.removesuffix(".lock").rpartition("-")
+            # Gone already: somebody else is clearing up.
+            with suppress(FileNotFoundError):
+                if file.stat().st_mtime < before:
+                    with self.locked_if_free(kind, key) as free:
+                        if free:
+                            # Whoever waits for it sees that the file is gone, and makes another (filelock does).
+                            file.unlink()
         return removed
 
     def _make_folder(self, folder: Path) -> None:

@@ -88,9 +88,9 @@ class LocalStore(Store):
         """Remove drafts whose makers are dead; return how many."""
         return self._folder.remove_leftovers()
 
-    def remove_progress(self, before: float) -> int:
-        """Remove the progress of artefacts that nobody has worked on since a time; return how many."""
-        return self._folder.remove_progress(before)
+    def remove_traces(self, before: float) -> int:
+        """Remove progress and lock files of artefacts that nobody has worked on since a time; return of how many."""
+        return self._folder.remove_traces(before)
 
     @contextmanager
     def locked(self, kind: str, key: str) -> Iterator[None]:

@@ -293,9 +293,9 @@ class ObjectStore(Store):
         """Remove drafts on this machine whose makers are dead; return how many."""
         return self._folder.remove_leftovers()
 
-    def remove_progress(self, before: float) -> int:
-        """Remove the progress, on this machine, that nobody has worked on since a time; return how many."""
-        return self._folder.remove_progress(before)
+    def remove_traces(self, before: float) -> int:
+        """Remove progress and lock files, on this machine, that nobody has touched since a time; return of how many."""
+        return self._folder.remove_traces(before)
 
     def remove_uploads(self) -> int:
         """Remove files in the bucket that no manifest names, a day after they came, and leases of the dead."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -114,10 +116,17 @@ def test_old_progress_of_nobody_goes(store: Store) -> None:
     for key in ("a" * 64, "b" * 64):
         for path in (progress / f"some-thing-{key}" / "log", progress / f"some-thing-{key}"):
             os.utime(path, (1000, 1000))
+    store.obtain("another", "d" * 64, fill)
+    lock = store.root / "locks" / f"another-{'d' * 64}.lock"
+    os.utime(lock, (1000, 1000))
     with store.locked("some-thing", "b" * 64):
+        os.utime(store.root / "locks" / f"some-thing-{'b' * 64}.lock", (1000, 1000))
         prune(store, Retention(max_bytes="1GB"), set())
         assert len(list(progress.iterdir())) == 3
+        assert lock.exists()
         prune(store, Retention(older_than_days=1), set())
+        assert (store.root / "locks" / f"some-thing-{'b' * 64}.lock").exists()
+    assert not lock.exists()
     assert sorted(path.name[-1] for path in progress.iterdir()) == ["b", "c"]
 
 
@@ -126,6 +135,33 @@ def test_who_may_only_read_a_bucket_works_without_a_mark(objects: ObjectBench, p
     with at_work(objects.open()):
         assert proxy.faults
         assert objects.listed() == []
+
+
+def test_a_lock_whose_file_is_removed_is_still_held_by_one(store: Store) -> None:
+    inside, most, rounds = [0], [0], 60
+    ended = threading.Event()
+
+    def work() -> None:
+        for _ in range(rounds):
+            with store.locked("thing", "a" * 64):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.001)
+                inside[0] -= 1
+
+    def clear() -> None:
+        while not ended.is_set():
+            store.remove_traces(time.time() + 60)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    clearing = threading.Thread(target=clear)
+    for thread in (*workers, clearing):
+        thread.start()
+    for thread in workers:
+        thread.join(60)
+    ended.set()
+    clearing.join(60)
+    assert most == [1]
 
 
 def test_a_run_on_another_machine_is_seen_in_the_bucket(
