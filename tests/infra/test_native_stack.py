@@ -95,6 +95,26 @@ def login(stack: Stack, name: str) -> httpx.BasicAuth:
     return httpx.BasicAuth(said["MLFLOW_TRACKING_USERNAME"], said["MLFLOW_TRACKING_PASSWORD"])
 
 
+def test_one_command_starts_services_says_where_they_are_and_ends_them() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="bmm-stack-"))
+    command = [sys.executable, str(ROOT / "infra" / "native" / "stack.py"), str(folder), "--free-ports"]
+    # What needs PostgreSQL is started below.
+    process = subprocess.Popen([*command, "--only", "buckets"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == f"all is well; in another shell: . {folder}/environment.sh\n"
+        assert process.stdout.readline().startswith("  prefect:4200 is 127.0.0.1:")
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any("moto.server" in child.cmdline() for child in started)
+        process.terminate()
+        assert process.wait(60) == 0
+        assert not psutil.wait_procs(started, timeout=20)[1]
+    finally:
+        process.kill()
+        shutil.rmtree(folder)
+
+
 def test_every_service_is_well_by_its_own_health_check(stack: Stack) -> None:
     lasting = [name for name in stack.compose.names() if stack.compose.service(name).healthcheck]
     assert {*lasting, "buckets"} == set(stack.compose.names())
