@@ -53,12 +53,15 @@ class Reference:
 class Draft:
     """An artefact in the making: put files under `path`; what goes into `provenance` is kept but not digested.
 
-    `progress` is a folder beside it that outlives a kill, for stages that carry on where they stopped.
+    `progress` is a folder beside it that outlives a kill, for stages that carry on where they stopped. What is not
+    `lasting` survives a kill as everything does, but is not waited for until it is on the disk: an artefact that is
+    used up soon, and made again where a power failure has damaged it.
     """
 
     path: Path
     progress: Path
     provenance: dict[str, Any] = field(default_factory=dict)
+    lasting: bool = True
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as indented JSON, the same bytes for the same value."""

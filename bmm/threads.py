@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -16,15 +20,20 @@ Answer = TypeVar("Answer")
 def one_thread() -> Iterator[None]:
     """Compute with one thread, torch and numpy alike, inside the block, and with as many as before after it."""
     import torch
-    from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1, user_api="blas"):
+        with _blas(len(sys.modules)).limit(limits=1):
             yield
     finally:
         torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _blas(_: int) -> ThreadpoolController:
+    """Return what holds the libraries that numpy computes with; looked for anew once a module has been imported."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 def ahead(function: Callable[[Item], Answer], items: Iterable[Item], threads: int) -> Iterator[Answer]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +36,9 @@ from bmm.prediction import read_split
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
 from bmm.threads import one_thread
 
-SHARD_VERSION = 3
+SHARD_VERSION = 4
+_FILE_BYTES = 32 * 2**20
+_FLOAT64 = 8
 _WHERE = ("store", "expert_path", "expert_base", "data", "streamed")
 
 
@@ -100,14 +102,19 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
         attempts = _attempts(draft)
         maps = [LinearMap.from_json(value) for value in request.maps]
         counted: dict[str, int] = {}
-        # A file for each unit of the network, written before the next part of it is computed.
+        waiting: dict[str, Tensor] = {}
+        # It is summed soon, and thousands of files would be waited for.
+        draft.lasting = False
+        files = dict(enumerate(_files(maps)))
         # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
         with one_thread():
             for sums in _sums(request, maps, _rows(request.store, data)[request.start : request.stop]):
-                for place, unit in enumerate(units_of(maps)):
-                    if found := {group: sums[group].total.cpu() for group in unit.groups if group in sums}:
-                        save_file(found, draft.path / f"sums-{place:05}.safetensors")
+                waiting |= {name: part.total.cpu() for name, part in sums.items()}
                 counted |= {name: part.rows for name, part in sums.items()}
+                for place in [place for place, names in files.items() if waiting.keys() >= names]:
+                    _save(draft, place, files.pop(place), waiting)
+            for place, names in files.items():
+                _save(draft, place, names, waiting)
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
         draft.write_json("rows.json", counted)
         shutil.rmtree(draft.progress)
@@ -115,6 +122,30 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
     with store_at_hand(store, data):
         reference, _ = store.obtain("gram-shard", request.key(), make)
     return ShardAnswer(reference, attempts)
+
+
+def _files(maps: Sequence[LinearMap]) -> list[set[str]]:
+    """Return the input groups of each file of sums: those of whole units of the network, as many as make one size.
+
+    So sums that come a layer at a time are written before much else of the network is computed.
+    """
+    files: list[set[str]] = []
+    size = 0
+    for unit in units_of(maps):
+        own = sum(_FLOAT64 * members[0].inputs ** 2 for members in unit.groups.values())
+        if not files or size + own > _FILE_BYTES:
+            files.append(set())
+            size = 0
+        files[-1] |= set(unit.groups)
+        size += own
+    return files
+
+
+def _save(draft: Draft, place: int, names: Collection[str], waiting: dict[str, Tensor]) -> None:
+    """Write those of a file's sums that there are, and let go of them."""
+    found = {name: waiting.pop(name) for name in sorted(names) if name in waiting}
+    if found:
+        save_file(found, draft.path / f"sums-{place:05}.safetensors")
 
 
 def _attempts(draft: Draft) -> int:

@@ -132,18 +132,22 @@ class Folder:
         self._remove_drafts(kind, key)
         shutil.rmtree(progress, ignore_errors=True)
 
-    def settle(self, draft: Path, manifest: Mapping[str, Any]) -> Artefact:
-        """Rename a draft folder into its place, durably, with its manifest."""
+    def settle(self, draft: Path, manifest: Mapping[str, Any], *, lasting: bool = True) -> Artefact:
+        """Rename a draft folder into its place with its manifest, durably if it is to last."""
         kind, key = manifest["kind"], manifest["key"]
         final = self.place(kind, key)
-        for name in manifest["files"]:
-            sync(draft / name)
-        _write_durably(draft / MANIFEST, manifest_text(manifest))
+        if lasting:
+            for name in manifest["files"]:
+                sync(draft / name)
+            _write_durably(draft / MANIFEST, manifest_text(manifest))
+        else:
+            (draft / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
         self._make_folder(final.parent)
         if final.exists():
             final.rename(draft.with_name(draft.name + "-replaced"))
         draft.rename(final)
-        sync(final.parent)
+        if lasting:
+            sync(final.parent)
         for name in manifest["files"]:
             self._verified[final / name] = _mark(final / name)
         return Artefact(Reference(kind, key, manifest["digest"]), final, manifest)

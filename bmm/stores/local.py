@@ -107,4 +107,4 @@ class LocalStore(Store):
     @contextmanager
     def _drafted(self, kind: str, key: str) -> Iterator[tuple[Draft, Callable[[Mapping[str, Any]], Reference]]]:
         with self._folder.drafted(kind, key, fresh=self.fresh) as draft:
-            yield draft, lambda manifest: self._folder.settle(draft.path, manifest).reference
+            yield draft, lambda manifest: self._folder.settle(draft.path, manifest, lasting=draft.lasting).reference
