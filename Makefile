@@ -6,10 +6,12 @@ STAMP  := $(VENV)/.installed
 DEMO   ?=
 # The benchmarks' arguments, for example: make benchmark-methods BENCHMARK="--quick"
 BENCHMARK ?=
+# The experts of make nights: real or pico.
+NIGHTS ?= real
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test benchmark benchmark-methods benchmark-scale benchmark-search check clean
+.PHONY: install demo test nights benchmark benchmark-methods benchmark-scale benchmark-search check clean
 
 install: $(STAMP)
 
@@ -25,6 +27,10 @@ demo: $(STAMP)
 # Two processes of one thread each: two threads in each of them would be in each other's way on two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# Four nights with a Prefect server, a worker and an MLflow server, on real experts; or NIGHTS=pico, on tiny ones.
+nights: $(STAMP)
+	BMM_NIGHTS=$(NIGHTS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/end_to_end/test_nights.py
 
 benchmark: benchmark-methods benchmark-scale benchmark-search
 
