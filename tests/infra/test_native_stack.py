@@ -152,6 +152,16 @@ def test_nobody_gets_in_without_a_login(stack: Stack) -> None:
     assert rows(stack, "postgres", "SELECT has_database_privilege('mlflow', 'prefect', 'CONNECT')") == ["f"]
 
 
+def test_prefects_pages_know_the_api_and_ask_for_the_login(stack: Stack) -> None:
+    address = stack.compose.address("http://prefect:4200")
+    page = httpx.get(address, follow_redirects=True, timeout=60)
+    assert (page.status_code, "<html" in page.text.lower()) == (200, True)
+    said = httpx.get(f"{address}/ui-settings", timeout=60).json()
+    assert (said["api_url"], said["auth"]) == (f"{address}/api", "BASIC")
+    # Written where the server may write, not into the package.
+    assert (stack.folder / "volumes" / "prefect" / "prefect-pages").is_dir()
+
+
 @pytest.mark.parametrize("scheme", ["tcp", "tls"])
 def test_dask_listens_to_nobody_without_our_certificate(stack: Stack, scheme: str) -> None:
     from distributed import Client
