@@ -111,13 +111,16 @@ def _two_objectives(
     trials: Sequence[Trial], history: Sequence[Trial], points: Any, sampler: Any, waiting: Any, plan: Plan
 ) -> Any:
     import torch
-    from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+    from botorch.acquisition.multi_objective import logei
     from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
 
+    # Else BoTorch compiles C++ for this very processor, where it finds a compiler: for half a minute, into the user's
+    # home, and to other digits than on the next machine.
+    logei._load_attempted = True
     worst = fitted(points, outcomes_of(trials, plan.worst))
     anchor = history[0]
     reference = [float(anchor.objective or 0.0), plan.worst(anchor)]
-    return qLogNoisyExpectedHypervolumeImprovement(
+    return logei.qLogNoisyExpectedHypervolumeImprovement(
         model=_several([_of_objective(trials, points, plan), worst, *_of_floors(trials, points, plan)]),
         ref_point=torch.tensor(reference, dtype=torch.float64),
         X_baseline=points,

@@ -76,8 +76,11 @@ def fitted(points: Any, outcomes: Any, variances: Any = None, *, sparse: bool = 
     from botorch.models.transforms.outcome import Standardize
     from gpytorch.mlls import ExactMarginalLogLikelihood
 
-    kind, more = (EnsembleMapSaasSingleTaskGP, {"num_taus": _SPARSE_PRIORS}) if sparse else (SingleTaskGP, {})
-    model = kind(points, outcomes, train_Yvar=variances, outcome_transform=Standardize(m=1), **more)
+    if sparse:
+        # It standardises outcomes itself, for each strength.
+        model = EnsembleMapSaasSingleTaskGP(points, outcomes, train_Yvar=variances, num_taus=_SPARSE_PRIORS)
+    else:
+        model = SingleTaskGP(points, outcomes, train_Yvar=variances, outcome_transform=Standardize(m=1))
     fit_gpytorch_mll(
         ExactMarginalLogLikelihood(model.likelihood, model),
         optimizer_kwargs={"options": {"maxiter": _FIT_ITERATIONS}},

@@ -72,8 +72,8 @@ class Plan:
         return self.parallel if self.parallel > 1 else 0
 
     def shares(self, trial: Trial) -> dict[str, float]:
-        """Return each task's share of its expert's metric."""
-        return {task: trial.tasks[task] / expert for task, expert in self.experts.items()}
+        """Return each task's share of its expert's metric; 1 where the expert has nothing that one could share."""
+        return {task: trial.tasks[task] / expert if expert > 0 else 1.0 for task, expert in self.experts.items()}
 
     def worst(self, trial: Trial) -> float:
         """Return the least share of any task."""

@@ -164,15 +164,20 @@ def _studied(
         except ArtefactDamagedError:
             log.unlink(missing_ok=True)
     study = Study.open(log, identity)
-    before = len(study.trials)
     found = search(space, evaluate, study, plan)
-    if kept is None or len(study.trials) > before:
+    kept = None if work.store.fresh else work.store.find(_STUDY, key)
+    if kept is None or _trials_in(work.read(kept).file(_LOG)) < len(study.trials):
         work.store.obtain(_STUDY, key, lambda part: _copied(log, part.path / _LOG), replace=True)
     return found
 
 
 def _copied(log: Path, target: Path) -> None:
     shutil.copyfile(log, target)
+
+
+def _trials_in(log: Path) -> int:
+    # The first line is the study's identity.
+    return len(log.read_bytes().splitlines()) - 1
 
 
 def _at_workers(work: Work, request: Request, stack: ExitStack, search_digest: str) -> Evaluate:
