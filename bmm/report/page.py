@@ -76,6 +76,7 @@ def report_page(document: Document) -> str:
         "best": known(search.get("best") or {}, ("index", "settings")),
         "data": {task: splits for task, splits in (document.get("data") or {}).items() if splits},
         "further": any(map(search_findings.further_text, ((search.get("best") or {}).get("settings") or {}).values())),
+        "steered_by": search.get("split") or "validation",
         "objective_scale": search_findings.objective_scale(document),
         "searched": findings.strength_rule(document) == "search",
         "stages": {

@@ -80,7 +80,7 @@ def search_sentence(document: Document) -> str:
         gain = best["objective"] - anchor["objective"]
         share = search_findings.objective_scale(document) == 100
         sentence += (
-            f", {findings.points(gain)} points against the anchor" if share else f", {gain:+.3f} with the anchor's"
+            f", {findings.points(gain)} points against the anchor" if share else f", {gain:+.3f} against the anchor"
         )
     stopped = sum(trial.get("state") == "stopped" for trial in trials)
     if stopped:
