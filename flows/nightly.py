@@ -16,6 +16,7 @@ from prefect.states import Completed
 
 from bmm.nightly.resolved import Resolved
 from bmm.pipeline import Merge
+from bmm.report.night import headline
 from bmm.stages.request import Request, Result
 from bmm.store import Store
 from flows.dead_runs import running
@@ -87,4 +88,4 @@ def nightly_flow(recipe: str, store: str | None = None, fresh: bool = False) -> 
     opened.check()
     with running(opened) as run:
         found = night(Path(recipe), opened, PrefectHands(run))
-    return Completed(name=found["outcome"].capitalize(), message=found["outcome"], data=found)
+    return Completed(name=found["outcome"].capitalize(), message=headline(found), data=found)

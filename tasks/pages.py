@@ -30,11 +30,9 @@ def show_figures(merge: Merge) -> None:
 
 
 def show_end(found: Mapping[str, Any]) -> None:
-    """Show how the night ended, with links to the report and to MLflow where there are any."""
+    """Show how the night ended, with a link to MLflow, which has the report too, where it is a server."""
     text = night_markdown(found)
     mlflow = found.get("mlflow")
     if mlflow and mlflow["uri"].startswith("http"):
         text += f"\n\n[The MLflow run]({mlflow['uri']}/#/runs/{mlflow['run_id']})"
-    if found.get("report"):
-        text += f"\n\n[The report](file://{found['report']})"
     create_markdown_artifact(text, key="bmm-night", description="How the night ended")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from bmm.store import Store
 
 
 def found_experts(pico: Path, **nightly: Any) -> Path:
@@ -83,3 +89,34 @@ def compute_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "bmm.stages.propagation.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
     )
+
+
+def counted_night(recipe: str, store: str, told: str, last: int, later: float) -> None:
+    """Carry out a night, and write down what came of it and how often it wrote; or be killed before.
+
+    Args:
+        recipe: the recipe.
+        store: the store.
+        told: the file for the outcome.
+        last: die at the write of this number, from 1; at none for 0. Files opened to be written, renamed or removed,
+            folders made and calls on the registry count as writes.
+        later: so many seconds after that write.
+    """
+    from flows.night import Here, night
+
+    count = 0
+    others = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "sqlite3.connect"}
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in others or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            count += 1
+            if count == last:
+                if later:
+                    threading.Timer(later, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    found = night(Path(recipe), Store.open(store), Here())
+    Path(told).write_text(json.dumps({**found, "writes": count}), encoding="utf-8")

@@ -67,6 +67,7 @@ def test_nights_on_a_server(recipe: Path, on_server: Any, bmm_here: Command, mon
     assert said.document["outcome"] == "promoted"
     run = on_server.last_flow_run()
     assert (run["state_type"], run["state_name"]) == ("COMPLETED", "Promoted")
+    assert run["state"]["message"] == "pico-merged: version 1 is the new champion"
     pages = artifacts(on_server, run)
     rows = {row["what"]: row for row in json.loads(pages["bmm-night-inputs"])}
     assert list(rows) == ["base", "task0", "task1", "task2"]
