@@ -121,9 +121,10 @@ class _Run(Generic[Answer]):
                     self._restore()
         finally:
             self._drop()
-            with suppress(OSError, RuntimeError):
-                # What died since the last look.
-                self._count()
+            if self._cluster.connected:
+                # What died since the last look; a scheduler that has just gone away tells nothing.
+                with suppress(OSError, RuntimeError, KeyError):
+                    self._count()
         if self._fatal is not None:
             raise self._fatal
         return [self._answers[index] for index in range(len(self._requests))]

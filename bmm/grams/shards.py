@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -106,15 +107,20 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
         # It is summed soon, and thousands of files would be waited for.
         draft.lasting = False
         files = dict(enumerate(_files(maps)))
-        # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
-        with one_thread():
-            for sums in _sums(request, maps, _rows(request.store, data)[request.start : request.stop]):
-                waiting |= {name: part.total.cpu() for name, part in sums.items()}
-                counted |= {name: part.rows for name, part in sums.items()}
-                for place in [place for place, names in files.items() if waiting.keys() >= names]:
-                    _save(draft, place, files.pop(place), waiting)
-            for place, names in files.items():
-                _save(draft, place, names, waiting)
+        try:
+            # Workers are what runs in parallel, and the bytes must not depend on how many threads a machine has.
+            with one_thread():
+                for sums in _sums(request, maps, _rows(request.store, data)[request.start : request.stop]):
+                    waiting |= {name: part.total.cpu() for name, part in sums.items()}
+                    counted |= {name: part.rows for name, part in sums.items()}
+                    for place in [place for place, names in files.items() if waiting.keys() >= names]:
+                        _save(draft, place, files.pop(place), waiting)
+                for place, names in files.items():
+                    _save(draft, place, names, waiting)
+        except (OSError, SafetensorError):
+            # Refused by the disk and not killed, so that there is no attempt to be counted, and nothing left behind.
+            shutil.rmtree(draft.progress, ignore_errors=True)
+            raise
         # Not as the tensors' metadata: safetensors writes several entries in a random order.
         draft.write_json("rows.json", counted)
         shutil.rmtree(draft.progress)

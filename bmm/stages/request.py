@@ -109,6 +109,10 @@ class Work:
         self.made += not cached
         return reference
 
+    def uses(self, kind: str, key: str) -> None:
+        """Note an artefact that was used without being obtained here, so that it is kept with what was made of it."""
+        self._used[kind, key] = None
+
     def used(self) -> list[dict[str, str]]:
         """Return kinds and keys of what was obtained so far, while this artefact is made or at all."""
         return [{"kind": kind, "key": key} for kind, key in self._used]

@@ -168,6 +168,7 @@ def _studied(
     kept = None if work.store.fresh else work.store.find(_STUDY, key)
     if kept is None or _trials_in(work.read(kept).file(_LOG)) < len(study.trials):
         work.store.obtain(_STUDY, key, lambda part: _copied(log, part.path / _LOG), replace=True)
+    work.uses(_STUDY, key)
     return found
 
 

@@ -72,7 +72,7 @@ def test_the_merged_model_keeps_most_of_its_experts_and_beats_the_plain_average(
     demo: Path, merged: dict[str, Any]
 ) -> None:
     shares = {row["method"]: row["share_of_experts"]["mean"] for row in document(demo)["methods"]}
-    assert set(shares) == {"base", "experts", "average", "ta", "wudi", "merged"}
+    assert set(shares) == {"base", "experts", "average", "ta", "wudi (the anchor)", "merged"}
     assert shares["merged"] > max(shares["base"], shares["average"], shares["ta"])
     assert shares["merged"] > 0.85
     assert merged["share_of_experts"]["merged"] == shares["merged"]

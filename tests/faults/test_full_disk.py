@@ -165,16 +165,16 @@ def test_files_too_large_for_the_store(
     layout = max(path.stat().st_size for path in (finished[1] / "artefacts" / "layout").rglob("*.json"))
     before = tree(small)
     words = ("merge", small / "recipe.yaml", "--no-server", "--store", store)
-    # Enough for all that comes before the anchor, whose Gram matrices lie in small files, too little for its weights.
+    # Enough for all that comes before the Gram matrices, too little for a worker's sums.
     answer = real_bmm(*words, **limited(layout + 1000))
     assert_refused(answer, store)
     assert tree(small) == before
-    assert records(store, "stage-grams")
-    assert not records(store, "anchor")
+    assert records(store, "stage-experts")
+    assert not records(store, "grams")
     assert_no_halves(store)
     change(small, lambda recipe: recipe.update(cluster={"scheduler": scheduler}))
     states = bmm(*words, "--json").states()
-    assert [name for name in STAGES if states[name] == "cached"] == ["experts", "task-vectors", "grams"]
+    assert [name for name in STAGES if states[name] == "cached"] == ["experts", "task-vectors"]
     assert model_files(small / "merged") == model_files(finished[0] / "merged")
 
 
