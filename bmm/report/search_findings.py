@@ -14,6 +14,8 @@ from bmm.report import findings
 from bmm.report.findings import Document
 
 _FEW_TRIALS = 6
+# Weaker ones come by chance among some twenty trials.
+_OPPOSED = -0.4
 
 
 def objective_scale(document: Document) -> float:
@@ -86,7 +88,7 @@ def opposed_tasks(document: Document) -> tuple[str, str, float] | None:
     scores = {task: [trial["tasks"][task] for trial in trials] for task in trials[0]["tasks"]}
     varied = {task: values for task, values in scores.items() if len(set(values)) > 1}
     found = [(correlation(varied[one], varied[other]), one, other) for one, other in combinations(sorted(varied), 2)]
-    if not found or min(found)[0] >= 0:
+    if not found or min(found)[0] > _OPPOSED:
         return None
     value, one, other = min(found)
     return one, other, value

@@ -171,6 +171,10 @@ def test_tasks_that_go_together_are_not_said_to_be_traded(document: dict[str, An
     for trial in told["search"]["trials"]:
         trial["tasks"]["b"] = trial["tasks"]["a"]
     assert takeaways(told)["trades"].startswith("No two tasks")
+    for place, trial in enumerate(told["search"]["trials"]):
+        # As good as unrelated: a correlation of about −0.1.
+        trial["tasks"] |= {"a": 0.7 + 0.01 * (place % 2), "b": 0.8 + 0.01 * (place // 2 % 2) - 0.001 * (place % 2)}
+    assert takeaways(told)["trades"].startswith("No two tasks")
     told["search"]["trials"] = told["search"]["trials"][:3]
     assert "trades" not in takeaways(told)
     assert "trades" not in figures(told)
