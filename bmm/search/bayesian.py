@@ -13,12 +13,12 @@ from typing import Any
 
 from bmm.search.model import (
     fitted,
+    fitted_to_objective,
     inside,
     numerical_errors,
     outcomes_of,
     points_of,
     reproducible,
-    variances_of,
 )
 from bmm.search.plan import Plan
 from bmm.search.region import TrustRegion, as_point
@@ -91,7 +91,7 @@ def _one_objective(trials: Sequence[Trial], points: Any, sampler: Any, waiting: 
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
     from botorch.acquisition.objective import GenericMCObjective
 
-    objective = _of_objective(trials, points, plan)
+    objective = fitted_to_objective(trials, plan.noise, sparse=plan.searcher == "saas")
     if not plan.floors:
         return qLogNoisyExpectedImprovement(
             model=objective, X_baseline=points, sampler=sampler, X_pending=waiting, prune_baseline=True
@@ -121,7 +121,7 @@ def _two_objectives(
     anchor = history[0]
     reference = [float(anchor.objective or 0.0), plan.worst(anchor)]
     return logei.qLogNoisyExpectedHypervolumeImprovement(
-        model=_several([_of_objective(trials, points, plan), worst, *_of_floors(trials, points, plan)]),
+        model=_several([fitted_to_objective(trials, plan.noise), worst, *_of_floors(trials, points, plan)]),
         ref_point=torch.tensor(reference, dtype=torch.float64),
         X_baseline=points,
         sampler=sampler,
@@ -130,11 +130,6 @@ def _two_objectives(
         X_pending=waiting,
         prune_baseline=True,
     )
-
-
-def _of_objective(trials: Sequence[Trial], points: Any, plan: Plan) -> Any:
-    outcomes = outcomes_of(trials, lambda trial: float(trial.objective or 0.0))
-    return fitted(points, outcomes, variances_of(trials, plan.noise), sparse=plan.searcher == "saas")
 
 
 def _of_floors(trials: Sequence[Trial], points: Any, plan: Plan) -> list[Any]:

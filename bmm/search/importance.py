@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from bmm.search.model import (
-    fitted,
+    fitted_to_objective,
     inside,
     numerical_errors,
-    outcomes_of,
-    points_of,
     reproducible,
-    variances_of,
 )
 from bmm.search.plan import Plan, trial_seed
 from bmm.search.rivals import sobol_points
@@ -41,13 +38,12 @@ def importance(space: Space, trials: Sequence[Trial], plan: Plan) -> list[dict[s
     known = inside(space, [trial for trial in trials if trial.objective is not None])
     if len(known) < _LEAST_TRIALS:
         return []
-    points, outcomes = points_of(known), outcomes_of(known, lambda trial: float(trial.objective or 0.0))
-    if float(outcomes.max() - outcomes.min()) == 0:
+    if len({trial.objective for trial in known}) == 1:
         return []
     seed = trial_seed(plan.seed, 0, "importance")
     try:
         with reproducible(seed):
-            model = fitted(points, outcomes, variances_of(known, plan.noise))
+            model = fitted_to_objective(known, plan.noise)
             with torch.no_grad():
                 shares = _total_order(model, space.dimensions, seed)
                 scales = _length_scales(model, space.dimensions)

@@ -88,6 +88,12 @@ def fitted(points: Any, outcomes: Any, variances: Any = None, *, sparse: bool = 
     return model
 
 
+def fitted_to_objective(trials: Sequence[Trial], noise: float | None, *, sparse: bool = False) -> Any:
+    """Return the Gaussian process fitted to the trials' objectives, with the noise of their rows; see `fitted`."""
+    outcomes = outcomes_of(trials, lambda trial: float(trial.objective or 0.0))
+    return fitted(points_of(trials), outcomes, variances_of(trials, noise), sparse=sparse)
+
+
 def numerical_errors() -> tuple[type[Exception], ...]:
     """Return what numbers raise that fail: a covariance that is not positive definite, a NaN within one, no fit."""
     from botorch.exceptions import BotorchError, ModelFittingError

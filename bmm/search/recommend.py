@@ -6,7 +6,7 @@ rows have, as is usual in noisy Bayesian optimisation (Frazier, arXiv 1807.02811
 standard error of the highest, one of the plain ones is taken if there is any: one `λ` for all groups and `γ = 1`
 (the one-standard-error rule: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 7.10). Only trials
 that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
-validation rows; and where tasks have floors, those that keep them, or else those that miss them by least.
+validation rows; where tasks have floors, instead those that keep them, or else those that miss them by least.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import math
 from collections.abc import Sequence
 
 from bmm.search.model import (
-    fitted,
+    fitted_to_objective,
     inside,
     numerical_errors,
-    outcomes_of,
     points_of,
     reproducible,
-    variances_of,
 )
 from bmm.search.plan import Plan, trial_seed
 from bmm.search.space import Space
@@ -92,14 +90,13 @@ def _smoothed(space: Space, trials: Sequence[Trial], plan: Plan) -> dict[int, fl
     known = inside(space, [trial for trial in trials if trial.objective is not None])
     if len(known) < 2:
         return None
-    points, outcomes = points_of(known), outcomes_of(known, lambda trial: float(trial.objective or 0.0))
-    if float(outcomes.max() - outcomes.min()) == 0:
+    if len({trial.objective for trial in known}) == 1:
         return None
     try:
         with reproducible(trial_seed(plan.seed, 0, "recommend")), torch.no_grad():
             with torch.enable_grad():
-                model = fitted(points, outcomes, variances_of(known, plan.noise))
-            means = model.posterior(points).mean.squeeze(-1)
+                model = fitted_to_objective(known, plan.noise)
+            means = model.posterior(points_of(known)).mean.squeeze(-1)
     except numerical_errors():
         return None
     if not bool(torch.isfinite(means).all()):

@@ -150,9 +150,6 @@ class _Search:
             self._study.append(trial)
             self._gains[index] = gains
             self._told()
-        best = best_of(self._study.trials)
-        # Of the others nobody will ask.
-        self._gains = {index: gains for index, gains in self._gains.items() if self._may_be_rival(index, best)}
 
     def _look_ahead(self) -> None:
         """Propose while workers work, so that none waits for it."""
@@ -200,9 +197,6 @@ class _Search:
             # That of an equal earlier trial, or of a run that was killed.
             self._gains[best.index] = self._evaluate(best.settings, None).gains
         return self._gains[best.index]
-
-    def _may_be_rival(self, index: int, best: Trial | None) -> bool:
-        return best is None or index == best.index or index >= self._next - self._plan.lag - self._plan.parallel
 
     def _bare(self, index: int) -> Trial:
         origin, point, settings = self._proposal(index)
