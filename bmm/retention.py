@@ -63,7 +63,7 @@ def choose(entries: Sequence[Entry], retention: Retention, protected: Collection
         now: the time in seconds since 1970.
     """
     going: dict[Name, Going] = {}
-    by_age = sorted((entry for entry in entries if _name(entry) not in protected), key=lambda entry: entry.used)
+    by_age = sorted((entry for entry in entries if _name(entry) not in protected), key=_age)
     if retention.older_than_days is not None:
         before = now - retention.older_than_days * _DAY
         going |= {_name(entry): Going(entry, "age") for entry in by_age if entry.used < before}
@@ -80,14 +80,19 @@ def choose(entries: Sequence[Entry], retention: Retention, protected: Collection
             if _name(entry) not in going:
                 going[_name(entry)] = Going(entry, "bytes")
                 left -= entry.bytes
-    return sorted(going.values(), key=lambda one: (one.entry.used, _name(one.entry)))
+    return sorted(going.values(), key=lambda one: _age(one.entry))
 
 
 def _of_old_runs(entries: Sequence[Entry], keep: int) -> set[Name]:
     """Return what merges were made from, without what the last of them were made from."""
     origins = Origins(entries)
-    runs = [_name(entry) for entry in sorted(entries, key=lambda entry: -entry.used) if entry.kind == RUN]
+    runs = [_name(entry) for entry in sorted(entries, key=_age, reverse=True) if entry.kind == RUN]
     return origins.of(runs[keep:]) - origins.of(runs[:keep])
+
+
+def _age(entry: Entry) -> tuple[float, Name]:
+    """A key that puts what was used longest ago first; ties by name, so that a listing's order decides nothing."""
+    return entry.used, _name(entry)
 
 
 def _name(entry: Entry) -> Name:
