@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_server import HubServer, running_hub
 from nights import compute_here
 from object_server import ObjectServer, running_server
 
@@ -148,6 +149,14 @@ def dask_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     """An S3-speaking server of the session's own."""
     with running_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub on loopback that this process asks, with nothing fetched yet."""
+    with running_hub() as server:
+        server.asked_here(monkeypatch, tmp_path / "huggingface")
         yield server
 
 

@@ -5,29 +5,17 @@ Local folders win and cost no import. What the folder holds is not looked at her
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bmm.checkpoint.allowed import check_allowed
-from bmm.errors import CheckpointError, ModelAwayError, UserError
+from bmm.checkpoint.hub import fetch_from_hub
+from bmm.errors import CheckpointError
 from bmm.hub import hub_id
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):")
-# The model card is text and carries the licence; chat templates belong to the tokenizer. Subfolders hold
-# the same model in other formats.
-_PATTERNS = [
-    "model*.safetensors",
-    "adapter_model.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "chat_template*",
-    "README.md",
-]
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +79,9 @@ def resolve(source: str, folder: Path, where: str) -> Resolved:
     if scheme:
         return _from_scheme(scheme, source, where)
     if hub:
-        return _from_hub(source, hub.repository, hub.revision, local, where)
+        snapshot = fetch_from_hub(hub, local, where)
+        check_allowed(snapshot, where)
+        return Resolved(snapshot, source, snapshot.name)
     raise CheckpointError(
         f"{where}: there is no folder {local}; correct the path, or name a hub model as org/name[@revision]"
     )
@@ -105,43 +95,3 @@ def _from_scheme(scheme: str, source: str, where: str) -> Resolved:
             "name a folder or a hub model as org/name[@revision]"
         )
     return _schemes[scheme](source)
-
-
-def _from_hub(source: str, model: str, revision: str | None, local: Path, where: str) -> Resolved:
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    absent = f"{where}: there is no folder {local}, and the hub"
-    try:
-        snapshot = Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]
-            )
-        )
-    except UserError:
-        raise
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{absent} gives '{model}' only to those it has let in; log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{absent} has no revision '{revision}' of '{model}'; correct it") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise CheckpointError(f"{absent} has no such model as '{model}'; correct the path or the name") from None
-    except Exception as error:
-        # The hub's client lets through whatever its HTTP library, its cache and the network raise.
-        if isinstance(error, OSError) and error.errno in _DISK:
-            raise CheckpointError(
-                f"{where}: the hub's model '{model}' cannot be stored in the hub's cache ({error.strerror}); "
-                "free some space or set HF_HOME to another folder"
-            ) from error
-        raise ModelAwayError(
-            f"{absent} could not be reached for '{model}'; correct the path, or try again with a connection"
-        ) from error
-    check_allowed(snapshot, where)
-    return Resolved(snapshot, source, snapshot.name)
