@@ -16,7 +16,8 @@ import torch
 from bmm.errors import BMMError
 from bmm.grams.products import ProductSum
 from bmm.modules.linear import LinearMap
-from bmm.modules.watch import Observer, Product, Reached, Watch, masks_of
+from bmm.modules.tokens import Tokens
+from bmm.modules.watch import Observer, Product, Reached, Watch
 
 
 @dataclass
@@ -49,7 +50,7 @@ def collect(
     found = Collection(maps)
     with torch.inference_mode(), Watch(encoder, found) as watch:
         for batch in batches:
-            watch.set_masks(masks_of(batch))
+            watch.begin(Tokens(batch))
             found.begin()
             with suppress(Reached):
                 encoder(**batch)
@@ -99,7 +100,7 @@ class Collection(Observer):
         map_ = self._wanted.get(product.site)
         if map_ is None:
             return
-        rows = product.unpadded(product.rows)
+        rows = product.kept(product.rows)
         if map_.input_group not in self._sums:
             self._sums[map_.input_group] = ProductSum(rows.shape[1])
         self._sums[map_.input_group].add(rows)

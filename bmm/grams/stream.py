@@ -18,8 +18,9 @@ from bmm.grams.collect import GramSum, collect
 from bmm.modules.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
+from bmm.modules.tokens import Tokens
 from bmm.modules.units import layers_of, units_of
-from bmm.modules.watch import Watch, masks_of
+from bmm.modules.watch import Watch
 
 
 class Stream:
@@ -71,7 +72,7 @@ class Stream:
             found = Found(inside[layer])
             with torch.inference_mode(), Watch(self._encoder, found) as watch:
                 for place, batch in enumerate(self._batches):
-                    watch.set_masks(masks_of(batch))
+                    watch.begin(Tokens(batch))
                     hidden[place], _ = known[place].pop(layer).through(module, hidden[place])
             self._resident.drop(layer)
             yield found.checked()
@@ -79,7 +80,7 @@ class Stream:
             found = Found(outside)
             for batch, last in zip(self._batches, hidden, strict=True):
                 skipped = given(self._encoder, self.layers, last, self._tuple_size)
-                with torch.inference_mode(), skipped, Watch(self._encoder, found, masks_of(batch)):
+                with torch.inference_mode(), skipped, Watch(self._encoder, found, Tokens(batch)):
                     self._encoder(**batch)
             yield found.checked()
 

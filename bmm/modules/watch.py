@@ -12,7 +12,6 @@ was added to a stream. What to make of it is the caller's (`bmm.modules.linear`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bmm.modules.tokens import Tokens
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -31,11 +32,6 @@ _PRODUCTS = {
 """Operator -> places of rows, weight and bias among its arguments, and whether the weight is given as `(in, out)`."""
 _CONVOLUTIONS = frozenset({_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default})
 _ADDITIONS = frozenset({_aten.add.Tensor, _aten.add_.Tensor})
-
-
-def masks_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return the padding masks of a forward pass's inputs; those of different texts have different lengths."""
-    return tuple(batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch)
 
 
 class Reached(Exception):  # noqa: N818 - not an error: the pass has shown what was wanted
@@ -63,8 +59,8 @@ class Site:
 class Product:
     """One multiplication: `rows` `(rows, in)` of what reached the matrix at `site`.
 
-    `bias` is the name of the parameter that was added at once, `keep` the indices of rows that are not padding (None:
-    all), `identity` equal for products that read the very same tensor.
+    `bias` is the name of the parameter that was added at once, `keep` the indices of rows that count (None: all),
+    `identity` equal for products that read the very same tensor.
     """
 
     site: Site
@@ -73,8 +69,8 @@ class Product:
     keep: Tensor | None
     identity: tuple[int, ...]
 
-    def unpadded(self, tensor: Tensor) -> Tensor:
-        """Return rows `(rows, width)` of an input or output of this product without padding."""
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return those rows `(rows, width)` of an input or output of this product that count."""
         return tensor if self.keep is None else tensor[self.keep]
 
 
@@ -114,10 +110,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         encoder: the module whose parameters are recognised, by canonical name.
         observer: who is told.
-        masks: `(examples, tokens)` each, true where a token is not padding: one for each length of rows (`masks_of`).
+        tokens: which rows of the first pass's products count; without, all.
     """
 
-    def __init__(self, encoder: nn.Module, observer: Observer, masks: Sequence[Tensor] = ()) -> None:
+    def __init__(self, encoder: nn.Module, observer: Observer, tokens: Tokens | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._encoder = encoder
         self._observer = observer
@@ -131,11 +127,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf, _ in module.named_parameters()
         }
         self._settings = ExitStack()
-        self.set_masks(masks)
+        self.begin(tokens or Tokens({}))
 
-    def set_masks(self, masks: Sequence[Tensor]) -> None:
-        """Begin another forward pass, with its padding masks."""
-        self._masks = [(mask.bool(), bool(mask.all())) for mask in masks]
+    def begin(self, tokens: Tokens) -> None:
+        """Begin another forward pass."""
+        self._tokens = tokens
         self._clock = 0
         # By memory: when it was given to a tensor, when it was last written to in place, and whose answer it holds.
         self._made: dict[int, int] = {}
@@ -232,7 +228,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._made.get(memory, 0),
             self._changed.get(memory, 0),
         )
-        return Product(site, self._bias(given, site), rows, self._keep(tensor, site), identity)
+        routed = self._routed if site.index is not None else None
+        keep = self._tokens.kept(tensor, token_first=site.weight in self._token_first, routed=routed)
+        return Product(site, self._bias(given, site), rows, keep, identity)
 
     def _convolution(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
         """A convolution whose patches do not overlap is a linear map of the patches."""
@@ -257,28 +255,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         start = 0 if site.rows is None else site.rows[0]
         return found[0] if site.index is None and given.ndim == 1 and given.storage_offset() == start else None
-
-    def _keep(self, tensor: Tensor, site: Site) -> Tensor | None:
-        """Return the indices of the rows that are not padding, or None for all."""
-        for mask, full in self._masks:
-            places = self._places(tensor, site, mask)
-            if places is not None:
-                return None if full else places.nonzero()[:, 0]
-        return None
-
-    def _places(self, tensor: Tensor, site: Site, mask: Tensor) -> Tensor | None:
-        """Return for each row of a tensor whether it is one of the mask's tokens, or None where they do not fit."""
-        token_first = site.weight in self._token_first
-        if tensor.ndim == 3:
-            if tensor.shape[:2] == mask.shape and not token_first:
-                return mask.reshape(-1)
-            return mask.T.reshape(-1) if tensor.shape[:2] == mask.T.shape else None
-        count = tensor.shape[0]
-        if site.index is not None and self._routed is not None and len(self._routed) == count:
-            return mask.reshape(-1)[self._routed]
-        if tensor.ndim == 2 and count == mask.numel():
-            return (mask.T if token_first else mask).reshape(-1)
-        return None
 
     def _after(self, product: Product, output: Tensor) -> None:
         self._answers[_memory(output)] = _Answer(product.site, self._clock, None)

@@ -30,8 +30,9 @@ from bmm.errors import BMMError
 from bmm.modules.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
+from bmm.modules.tokens import Tokens
 from bmm.modules.units import Unit, layers_of, units_of
-from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch, masks_of
+from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch
 from bmm.regression.moments import Moments, TaskSums
 
 SMALLEST_SCALE = 0.05
@@ -259,7 +260,7 @@ class Walk:
 
     def _run(self, observer: Observer, encoder: nn.Module, unit: Unit, step: _Step, hidden: Tensor) -> Tensor | None:
         """Run one unit under a watch; None if the pass was ended early or the unit is no layer of a chain."""
-        watch = Watch(encoder, observer, step.masks)
+        watch = Watch(encoder, observer, step.tokens)
         try:
             with torch.inference_mode():
                 if (layer := self._layer(unit)) is not None:
@@ -281,7 +282,7 @@ class _Step:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.masks = masks_of(batch)
+        self.tokens = Tokens(batch)
         self.expert_calls: dict[str, Call] = {}
         self.merged_calls: dict[str, Call] = {}
         self.expert = self.merged = torch.empty(0)
@@ -310,13 +311,13 @@ class _Answers(Observer):
         if map_ is not None:
             self._products[product.site] = product
             # Copied: what comes after may change it in place.
-            self._answers.setdefault(map_.module, []).append(product.unpadded(output).clone())
+            self._answers.setdefault(map_.module, []).append(product.kept(output).clone())
             self._count()
 
     def added(self, addition: Addition) -> None:
         map_ = self._maps.get(addition.site)
         if map_ is not None and map_.stream:
-            rows = self._products[addition.site].unpadded(addition.total).clone()
+            rows = self._products[addition.site].kept(addition.total).clone()
             self._totals.setdefault(map_.module, []).append(rows)
             self._count()
 
@@ -357,13 +358,13 @@ class _Inputs(Observer):
         if product.site in self._maps:
             self._products[product.site] = product
             if product.site == self._first.site:
-                self._inputs.append(product.unpadded(product.rows))
+                self._inputs.append(product.kept(product.rows))
             self._count()
 
     def added(self, addition: Addition) -> None:
         map_ = self._maps.get(addition.site)
         if map_ is not None and map_.stream:
-            rows = self._products[addition.site].unpadded(addition.stream).clone()
+            rows = self._products[addition.site].kept(addition.stream).clone()
             self._streams.setdefault(map_.module, []).append(rows)
             self._count()
 

@@ -217,11 +217,11 @@ class _Branch(Observer):
     def answered(self, product: Product, output: Tensor) -> None:
         if product.site == self._site:
             self._product = product
-            self.answer = product.unpadded(output).clone()
+            self.answer = product.kept(output).clone()
 
     def added(self, addition: Addition) -> None:
         if addition.site == self._site:
-            self.stream = self._product.unpadded(addition.stream).clone()
+            self.stream = self._product.kept(addition.stream).clone()
 
 
 class _ChannelSums:

@@ -16,7 +16,8 @@ from bmm.errors import CheckpointError, DataError, RecipeError
 from bmm.kinds.causal_lm import CausalRow
 from bmm.kinds.seq2seq_lm import Seq2SeqLMKind
 from bmm.modules.linear import discover
-from bmm.modules.watch import Observer, Product, Watch, masks_of
+from bmm.modules.tokens import Tokens
+from bmm.modules.watch import Observer, Product, Watch
 
 KIND = Seq2SeqLMKind()
 READING = {"kind": "seq2seq-lm", "max_length": 16, "max_answer_length": 8}
@@ -77,7 +78,7 @@ class _Seen(Observer):
         self.rows: dict[str, int] = {}
 
     def read(self, product: Product) -> None:
-        count = len(product.unpadded(product.rows))
+        count = len(product.kept(product.rows))
         self.rows[product.site.weight] = self.rows.get(product.site.weight, 0) + count
 
 
@@ -89,7 +90,7 @@ def test_no_padding_of_either_text_is_read(tmp_path: Path, family: str) -> None:
     with torch.inference_mode(), Watch(model.encoder, seen) as watch:
         for batch in model.batches(prepared):
             assert batch["input_ids"].shape[1] != batch["decoder_input_ids"].shape[1]
-            watch.set_masks(masks_of(batch))
+            watch.begin(Tokens(batch))
             model.encoder(**batch)
     prompts = sum(len(tokenizer(row.prompt)["input_ids"]) for row in ROWS)
     answers = sum(len(tokenizer(row.answer)["input_ids"]) for row in ROWS)
