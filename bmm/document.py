@@ -16,6 +16,7 @@ from typing import Any
 
 from bmm.checkpoint.layout import Layout
 from bmm.digest import digest_json
+from bmm.grams.settings import sample_in
 from bmm.notes import (
     other_bases,
     shards_again,
@@ -81,6 +82,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "anchor": anchor,
         "grams": {
             "source": recipe.grams.source if "grams" in results else None,
+            **sample_in(vars(recipe.grams)),
             "experts": {name: value["digest"] for name, value in grams.items()},
             "shards": shards,
         },

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from bmm.errors import RecipeError
 from bmm.grams.memory import PROCESS_BYTES, streamed_bytes, whole_bytes
-from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams
+from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams, sample_in
 from bmm.outline import Outline
 from bmm.recipe import ExpertSource, Recipe
 from bmm.sizes import parse_bytes, readable_bytes
@@ -145,7 +145,8 @@ def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan
         hidden = settings.shard_rows * max(tokens, default=0) * outline.hidden
         each = streamed_bytes(outline.outside, outline.largest_layer, outline.layer_gram_sizes, hidden)
         how = ", layer by layer"
-    note = f"{shards} shards{how}, {_workers(workers, each)}"
+    some = "" if settings.tokens is None else f", {settings.tokens} tokens of each sequence"
+    note = f"{shards} shards{how}{some}, {_workers(workers, each)}"
     here = workers * each if recipe.cluster.local else PROCESS_BYTES
     return StagePlan("grams", False, gram * (copies + shards), here, note, each)
 
@@ -158,14 +159,18 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int,
     """
     if recipe.regression.mode != "propagated":
         return 0, 0
-    rows = [_calibration_rows(expert) * most for expert, most in zip(recipe.experts, tokens, strict=True)]
-    count = min(recipe.cluster.workers, len(rows))
-    bounds = [len(rows) * share // count for share in range(count + 1)]
-    largest = max(sum(rows[low:high]) for low, high in pairwise(bounds))
+    sample = sample_in(vars(recipe.grams)).get("tokens", max(tokens, default=0))
+    states = [
+        _calibration_rows(expert) * outline.walk_floats(most, min(most, sample))
+        for expert, most in zip(recipe.experts, tokens, strict=True)
+    ]
+    count = min(recipe.cluster.workers, len(states))
+    bounds = [len(states) * share // count for share in range(count + 1)]
+    largest = max(sum(states[low:high]) for low, high in pairwise(bounds))
     weights = 2 * (outline.outside + outline.largest_layer)
     tasks = max(high - low for low, high in pairwise(bounds))
     moments = (tasks + 2) * _moments(outline)
-    return count, PROCESS_BYTES + (weights + largest * outline.walk_floats) * _FLOAT32 + moments
+    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + moments
 
 
 def _moments(outline: Outline) -> int:

@@ -124,11 +124,14 @@ class Outline:
         """Numbers in the hidden state of one token, between two layers."""
         return min((inputs for _, _, inputs in self.matrices.values()), default=0)
 
-    @property
-    def walk_floats(self) -> int:
-        """Numbers that the walk of propagated regression keeps of each token: one layer's answers, and three streams.
+    def walk_floats(self, tokens: int, answered: int) -> int:
+        """Return the numbers that the walk of propagated regression keeps of a row: one layer's answers, three streams.
 
         The streams are the expert's before and after the layer, and the merged model's.
+
+        Args:
+            tokens: of the row.
+            answered: those of them of which the expert's answers are kept.
         """
         layers: dict[str, list[tuple[int, int, int]]] = {}
         for name, matrix in self.matrices.items():
@@ -136,7 +139,8 @@ class Outline:
             layers.setdefault(found[0] if found else name, []).append(matrix)
         return max(
             (
-                sum(outputs for number, outputs, _ in layer if number == 1) + 3 * min(inputs for *_, inputs in layer)
+                answered * sum(outputs for number, outputs, _ in layer if number == 1)
+                + tokens * 3 * min(inputs for *_, inputs in layer)
                 for layer in layers.values()
             ),
             default=0,

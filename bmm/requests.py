@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bmm.grams.settings import sample_in
 from bmm.recipe import Recipe
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
@@ -153,6 +154,7 @@ class Requests:
         if regression.mode == "propagated":
             # The walk has its own.
             del given["grams"]
+            settings |= sample_in(vars(self.recipe.grams))
         elif search.searches("rho"):
             given["gram_parts"] = results["grams"].outputs["parts"]
             settings["rho"] = getattr(self.recipe.grams, "rho", None)

@@ -118,6 +118,7 @@ def grams(
 ) -> dict[str, Any]:
     """Run the stages up to the Gram matrices, and publish them in a folder for each expert below `output`."""
     from bmm.grams.published import check_target, publish
+    from bmm.grams.settings import sample_in
     from bmm.grams.store import GramReader
     from bmm.pipeline import perform_here, run_stages
     from bmm.sources import fingerprint_inputs
@@ -155,6 +156,7 @@ def grams(
         "state": results["grams"].state,
         "seconds": results["grams"].seconds,
         "source": recipe.grams.source,
+        **sample_in(vars(recipe.grams)),
         "output": None if output is None else str(output.resolve()),
         "experts": experts,
     }

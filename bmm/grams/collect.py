@@ -1,8 +1,8 @@
 """Gram matrices of one shard of calibration rows, seen in the forward passes of one expert.
 
 A pure function from a model and its batches to sums: `S = XᵀX` and the number of rows in `X`, one pair per distinct
-input, padding left out before the product (`bmm.grams.products`). Where shards run and where sums are kept is not
-known here.
+input, padding, or all but a sample of each sequence's tokens, left out before the product (`bmm.modules.tokens`,
+`bmm.grams.products`). Where shards run and where sums are kept is not known here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from bmm.errors import BMMError
 from bmm.grams.products import ProductSum
 from bmm.modules.linear import LinearMap
-from bmm.modules.tokens import Tokens
+from bmm.modules.tokens import Sample, Tokens
 from bmm.modules.watch import Observer, Product, Reached, Watch
 
 
@@ -34,7 +34,10 @@ class GramSum:
 
 
 def collect(
-    encoder: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], maps: Sequence[LinearMap]
+    encoder: torch.nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    maps: Sequence[LinearMap],
+    sample: Sample | None = None,
 ) -> dict[str, GramSum]:
     """Return the Gram sum of every input group over the batches.
 
@@ -43,14 +46,15 @@ def collect(
         batches: inputs of its forward pass; `attention_mask` `(rows, tokens)`, and a decoder's,
             mark what is not padding.
         maps: one map of each input group that is wanted.
+        sample: what is kept of each sequence's tokens; without, all.
 
     Raises:
         BMMError: a map was never reached, or its input is not finite; the message names it.
     """
     found = Collection(maps)
     with torch.inference_mode(), Watch(encoder, found) as watch:
-        for batch in batches:
-            watch.begin(Tokens(batch))
+        for place, batch in enumerate(batches):
+            watch.begin(Tokens(batch, sample, place))
             found.begin()
             with suppress(Reached):
                 encoder(**batch)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+SAMPLE = ("tokens", "tokens_seed")
+"""What says how much of each sequence is kept. Said by none who keep it all: their keys are older than the option."""
+
+
+def sample_in(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what settings say of a sample of each sequence's tokens: nothing where all are kept."""
+    return {name: settings[name] for name in SAMPLE if settings.get("tokens") is not None}
 
 
 class _Settings(BaseModel):
@@ -14,6 +23,18 @@ class _Settings(BaseModel):
 class _Shards(_Settings):
     shard_rows: int = Field(default=128, ge=1, description="calibration rows in one shard of work")
     batch_size: int = Field(default=32, ge=1, description="rows in one forward pass")
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of each sequence (patches of an image, frames of a sound) that are kept at most, drawn at "
+        "random among those that are not padding; all by default. A walk of propagated regression keeps as many",
+    )
+    tokens_seed: int = Field(default=0, ge=0, description="seed of the draw of tokens")
+
+    @model_serializer(mode="wrap")
+    def _said(self, said: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = said(self)
+        return values if self.tokens is not None else {name: values[name] for name in values if name not in SAMPLE}
 
 
 class ActivationGrams(_Shards):

@@ -29,9 +29,11 @@ from bmm.device import placed, worker_device
 from bmm.digest import canonical_json
 from bmm.evaluation.model import TaskModel
 from bmm.grams.collect import GramSum, collect
+from bmm.grams.settings import SAMPLE, sample_in
 from bmm.grams.stream import Stream
 from bmm.kinds.registry import kind_of
 from bmm.modules.linear import LinearMap
+from bmm.modules.tokens import Sample
 from bmm.modules.units import units_of
 from bmm.prediction import read_split
 from bmm.store import Artefact, Draft, Reference, Store, artefact_key
@@ -48,7 +50,8 @@ class ShardRequest:
     """Everything that a worker needs for one shard; plain JSON values, so that it travels anywhere.
 
     The first block decides the result and makes the key, the second says where things lie, and whether the expert is
-    `streamed`, a layer at a time. `maps` are one map of each input group, as JSON values.
+    `streamed`, a layer at a time. `maps` are one map of each input group, as JSON values. At most so many `tokens` of
+    each sequence are kept, drawn with `tokens_seed`; None for all.
     """
 
     expert_digest: str
@@ -64,11 +67,13 @@ class ShardRequest:
     data: Mapping[str, str]
     expert_base: str | None = None
     streamed: bool = False
+    tokens: int | None = None
+    tokens_seed: int = 0
 
     def key(self) -> str:
         """Return the key of the shard's artefact."""
-        values = {name: value for name, value in vars(self).items() if name not in _WHERE}
-        return artefact_key("gram-shard", SHARD_VERSION, values, {})
+        values = {name: value for name, value in vars(self).items() if name not in (*_WHERE, *SAMPLE)}
+        return artefact_key("gram-shard", SHARD_VERSION, {**values, **sample_in(vars(self))}, {})
 
 
 def shards_of(request: ShardRequest, rows: int, shard_rows: int) -> list[ShardRequest]:
@@ -179,9 +184,11 @@ def _rows(store: str, data: Reference) -> Sequence[Any]:
 def _sums(request: ShardRequest, maps: Sequence[LinearMap], rows: Sequence[Any]) -> Iterator[dict[str, GramSum]]:
     """Yield the shard's sums: all at once, or a part of the network after the other, whole units at a time."""
     where = (request.expert_path, request.expert_base, request.expert_digest)
+    sample = Sample.of(vars(request), request.start)
     if not request.streamed:
         model = _loaded(*where, canonical_json(request.reading), request.batch_size)
-        yield collect(model.encoder, placed(model.batches(model.prepare(rows)), worker_device()), maps)
+        batches = placed(model.batches(model.prepare(rows)), worker_device())
+        yield collect(model.encoder, batches, maps, sample)
         return
     with _opened(*where) as checkpoint:
         model, names = _built(checkpoint, request.reading, request.batch_size)
@@ -190,7 +197,7 @@ def _sums(request: ShardRequest, maps: Sequence[LinearMap], rows: Sequence[Any])
             return checkpoint.tensor(names[name])
 
         model.expect_encoder(names, give)
-        yield from Stream(model.encoder, names, give, list(model.batches(model.prepare(rows))), maps).sums()
+        yield from Stream(model.encoder, names, give, list(model.batches(model.prepare(rows))), maps, sample).sums()
 
 
 def _opened(path: str, base: str | None, digest: str) -> Checkpoint:

@@ -18,6 +18,8 @@ from zarr.codecs import Crc32cCodec
 from bmm.errors import ArtefactDamagedError
 from bmm.grams.collect import GramSum
 
+STATISTIC = "sum of outer products, padding left out"
+"""What the sums of activations are, for people."""
 _LARGEST_CHUNK = 1024
 
 
@@ -75,7 +77,7 @@ def write(
     sums: Iterable[tuple[str, GramSum]],
     provenance: Mapping[str, Any],
     *,
-    statistic: str = "sum of outer products, padding left out",
+    statistic: str = STATISTIC,
 ) -> None:
     """Write the sums of one expert as a new Zarr group at `path`, one after the other.
 

@@ -18,7 +18,7 @@ from bmm.grams.collect import GramSum, collect
 from bmm.modules.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
-from bmm.modules.tokens import Tokens
+from bmm.modules.tokens import Sample, Tokens
 from bmm.modules.units import layers_of, units_of
 from bmm.modules.watch import Watch
 
@@ -32,6 +32,7 @@ class Stream:
         give: gives a weight.
         batches: inputs of the forward passes.
         maps: one map of each input group that is wanted, in firing order.
+        sample: what is kept of each sequence's tokens; without, all.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Stream:
         give: Give,
         batches: Sequence[Batch],
         maps: Sequence[LinearMap],
+        sample: Sample | None = None,
     ) -> None:
         self._encoder = encoder
         self._resident = Resident(encoder, names)
         self._give = give
         self._batches = batches
         self._maps = maps
+        self._sample = sample
         self._tuple_size = 0
         self._must_run = False
         layers = layers_of(units_of(maps))
@@ -60,9 +63,10 @@ class Stream:
         """
         if not self.layers:
             with self._resident.passing(self._give):
-                yield collect(self._encoder, self._batches, self._maps)
+                yield collect(self._encoder, self._batches, self._maps, self._sample)
             return
         hidden, known = self._enter()
+        tokens = [Tokens(batch, self._sample, place) for place, batch in enumerate(self._batches)]
         inside: dict[str, list[LinearMap]] = {}
         for unit in units_of(self._maps):
             inside.setdefault(unit.prefix if unit.prefix in self.layers else "", []).extend(unit.maps)
@@ -71,16 +75,16 @@ class Stream:
             module = self._encoder.get_submodule(layer)
             found = Found(inside[layer])
             with torch.inference_mode(), Watch(self._encoder, found) as watch:
-                for place, batch in enumerate(self._batches):
-                    watch.begin(Tokens(batch))
+                for place, those in enumerate(tokens):
+                    watch.begin(those)
                     hidden[place], _ = known[place].pop(layer).through(module, hidden[place])
             self._resident.drop(layer)
             yield found.checked()
         if outside := inside.get("", []):
             found = Found(outside)
-            for batch, last in zip(self._batches, hidden, strict=True):
+            for batch, last, those in zip(self._batches, hidden, tokens, strict=True):
                 skipped = given(self._encoder, self.layers, last, self._tuple_size)
-                with torch.inference_mode(), skipped, Watch(self._encoder, found, Tokens(batch)):
+                with torch.inference_mode(), skipped, Watch(self._encoder, found, those):
                     self._encoder(**batch)
             yield found.checked()
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bmm.modules.tokens import Tokens
+from bmm.modules.tokens import Routed, Tokens
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -137,7 +137,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: dict[int, int] = {}
         self._changed: dict[int, int] = {}
         self._answers: dict[int, _Answer] = {}
-        self._routed: Tensor | None = None
+        self._routed: Routed | None = None
 
     def __enter__(self) -> Watch:
         """Begin to watch; fused fast paths, which hide the parameters, are off meanwhile."""
@@ -245,10 +245,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if weight.numel() != found[1].numel():
             return None
         patches = nn.functional.unfold(images, kernel, stride=kernel).transpose(1, 2)
-        site = Site(found[0])
+        site, keep = Site(found[0]), self._tokens.kept(patches)
         identity = (_memory(images), images.storage_offset(), images.numel(), 0)
         rows = patches.reshape(-1, patches.shape[-1])
-        return Product(site, self._bias(arguments.get("bias"), site), rows, None, identity)
+        return Product(site, self._bias(arguments.get("bias"), site), rows, keep, identity)
 
     def _bias(self, given: Tensor | None, site: Site) -> str | None:
         if given is None or (found := self._parameters.get(_memory(given))) is None:
@@ -291,7 +291,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Remember which tokens were last picked out: an expert of a mixture reads them."""
         indices = [index for index in args[1] if index is not None]
         if args[0].ndim == 2 and len(indices) == 1 and indices[0].ndim == 1 and args[0].is_floating_point():
-            self._routed = indices[0]
+            self._routed = Routed(indices[0], args[0].shape[0])
 
 
 @dataclass(frozen=True)

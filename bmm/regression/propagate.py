@@ -14,8 +14,9 @@ Experts of a mixture are sent other tokens in the merged model than in the fine-
 up; their target is what the expert's own matrix makes of the merged model's inputs, `Y_t = X̃_t W_tᵀ`.
 
 In memory at a time: hidden states of all rows, one layer's weights and answers to them, and one group's moments (of a
-network that is no chain of layers: all weights). Which rows, where weights come from, and what is done with the moments
-is the caller's.
+network that is no chain of layers: all weights). With a sample of each sequence's tokens, the experts' answers and the
+merged model's inputs are those of the same tokens (`bmm.modules.tokens`). Which rows, where weights come from, and what
+is done with the moments is the caller's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bmm.errors import BMMError
 from bmm.modules.chain import Batch, Call, calls, chained, entry, given, same_calls
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
-from bmm.modules.tokens import Tokens
+from bmm.modules.tokens import Sample, Tokens
 from bmm.modules.units import Unit, layers_of, units_of
 from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch
 from bmm.regression.moments import Moments, TaskSums
@@ -51,6 +52,7 @@ class Walk:
         batches: for each task, the inputs of the forward passes over its calibration rows.
         maps: the maps to regress, in firing order.
         held_out: for each task, how many of its batches, the last ones, hold rows that are kept out of the solve.
+        sample: what is kept of each sequence's tokens; without, all.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Walk:
         batches: Sequence[Sequence[Batch]],
         maps: Sequence[LinearMap],
         held_out: Sequence[int] | None = None,
+        sample: Sample | None = None,
     ) -> None:
         self._merged = merged
         self._expert = expert
@@ -70,7 +73,9 @@ class Walk:
         self._of_expert = Resident(expert, names)
         self._prior = prior
         self._weight = weight
-        self._tasks = [[_Step(batch) for batch in task] for task in batches]
+        self._tasks = [
+            [_Step(batch, Tokens(batch, sample, place)) for place, batch in enumerate(task)] for task in batches
+        ]
         self._held_out = held_out
         self.units = units_of(maps)
         self._by_module = {map_.module: map_ for map_ in maps}
@@ -280,9 +285,9 @@ class Walk:
 class _Step:
     """One batch of one task: the hidden states that it has reached, and what its expert answered in this unit."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, tokens: Tokens) -> None:
         self.batch = batch
-        self.tokens = Tokens(batch)
+        self.tokens = tokens
         self.expert_calls: dict[str, Call] = {}
         self.merged_calls: dict[str, Call] = {}
         self.expert = self.merged = torch.empty(0)

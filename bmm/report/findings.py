@@ -287,10 +287,12 @@ def method(document: Document) -> str:
     """Return what the regression was made from and how its prior's strength was chosen, without a full stop."""
     if strength_rule(document) == "none":
         return "nothing was regressed: the merged model is the anchor itself"
-    source = str((document.get("grams") or {}).get("source", "activations"))
+    grams = document.get("grams") or {}
+    source = str(grams.get("source", "activations"))
     if ((document.get("recipe") or {}).get("regression") or {}).get("mode") == "propagated":
         source = "propagated"
-    return f"the regression is on {_SOURCES[source]}; {_STRENGTHS[strength_rule(document)]}"
+    of = f", {grams['tokens']} tokens of each sequence (seed {grams['tokens_seed']})" if "tokens" in grams else ""
+    return f"the regression is on {_SOURCES[source]}{of}; {_STRENGTHS[strength_rule(document)]}"
 
 
 def finished_trials(document: Document) -> list[Mapping[str, Any]]:

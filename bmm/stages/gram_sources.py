@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -68,15 +69,18 @@ def blended(
     setup: Setup,
     activations: Mapping[str, Reference],
     vectors: Mapping[str, Reference],
-    rho: float,
+    options: Mapping[str, Any],
 ) -> dict[str, Reference]:
-    """Blend every expert's Grams of activations with those of its task vectors."""
+    """Blend every expert's Grams of activations with those of its task vectors.
+
+    The `options` are the activations' share, `rho`, and the sample of tokens that they are of, if it is one.
+    """
     groups = sorted(_groups(setup))
     made = {}
     for expert in setup.experts:
         parts = {"activations": activations[expert.name], "task-vectors": vectors[expert.name]}
         inputs = {"expert": expert.model.digest, **{name: part.digest for name, part in parts.items()}}
-        settings = {"source": "hybrid", "rho": rho, "groups": groups}
+        settings = {"source": "hybrid", **options, "groups": groups}
 
         def make(
             draft: Draft,
@@ -84,7 +88,7 @@ def blended(
             said: Mapping[str, object] = {**inputs, **settings},
         ) -> None:
             own, other = (GramReader(work.read(part).file(GROUP)) for part in parts.values())
-            blends = ((group, estimate.blend(own.sum(group), other.sum(group), rho)) for group in groups)
+            blends = ((group, estimate.blend(own.sum(group), other.sum(group), options["rho"])) for group in groups)
             gram_store.write(
                 draft.path / GROUP, blends, said, statistic="sum of outer products, blended with the task vectors"
             )

@@ -21,6 +21,7 @@ from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
 from bmm.grams import store as gram_store
 from bmm.grams.memory import whole_bytes
+from bmm.grams.settings import sample_in
 from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
@@ -59,12 +60,14 @@ def plan_job(
     maps: Sequence[LinearMap],
     shard_rows: int,
     batch_size: int,
+    sample: Mapping[str, Any] | None = None,
     *,
     streamed: bool = False,
 ) -> GramJob:
     """Describe one expert's Grams; they depend on that expert, its calibration rows and the settings alone.
 
-    With `streamed` the expert's layers come into memory one at a time, for the same bytes.
+    With a `sample` (`tokens`, `tokens_seed`) no more of each sequence's tokens count. With `streamed` the expert's
+    layers come into memory one at a time, for the same bytes.
     """
     split = read_split(work.read(data), "calibration")
     whole = ShardRequest(
@@ -80,6 +83,7 @@ def plan_job(
         expert_base=expert.model.base,
         data=data.to_json(),
         streamed=streamed,
+        **(sample or {}),
     )
     inputs = {"expert": expert.model.digest, "calibration": split.digest}
     settings = {
@@ -88,6 +92,7 @@ def plan_job(
         "shard_rows": shard_rows,
         "batch_size": batch_size,
         "maps": list(whole.maps),
+        **(sample or {}),
     }
     return GramJob(expert.name, inputs, settings, tuple(shards_of(whole, len(split.rows), shard_rows)))
 
@@ -162,7 +167,8 @@ def _sum(
         shards = [work.read(answer.reference) for answer in answers]
         groups = [values["input_group"] for values in job.settings["maps"]]
         provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
-        gram_store.write(draft.path / "grams.zarr", reduce(shards, sorted(groups)), provenance)
+        sums = reduce(shards, sorted(groups))
+        gram_store.write(draft.path / "grams.zarr", sums, provenance, statistic=_statistic(job.settings))
         begun = [attempts.get(answer.reference.key, 0) + answer.attempts for answer in answers]
         draft.provenance["shards"] = counts[job.expert] = counted(begun)
 
@@ -172,6 +178,12 @@ def _sum(
     with ThreadPoolExecutor(_REMOVERS) as removers:
         list(removers.map(lambda shard: work.store.discard("gram-shard", shard.key()), job.shards))
     return reference
+
+
+def _statistic(settings: Mapping[str, Any]) -> str:
+    if "tokens" not in settings:
+        return gram_store.STATISTIC
+    return f"{gram_store.STATISTIC}, of at most {settings['tokens']} tokens a sequence"
 
 
 def counted(attempts: Sequence[int]) -> dict[str, int]:
@@ -200,7 +212,8 @@ def grams(work: Work, request: Request) -> dict[str, Any]:
         case "hybrid":
             parts = {"activations": _from_activations(work, request, setup)}
             parts["task-vectors"] = from_task_vectors(work, setup)
-            made = blended(work, setup, parts["activations"], parts["task-vectors"], request.settings["rho"])
+            options = {"rho": request.settings["rho"], **sample_in(request.settings)}
+            made = blended(work, setup, parts["activations"], parts["task-vectors"], options)
             # A search for the share of each needs them apart.
             return {"experts": _said(made), "parts": {source: _said(part) for source, part in parts.items()}}
         case "artifact":
@@ -228,6 +241,7 @@ def _from_activations(work: Work, request: Request, setup: Setup) -> dict[str, R
             readers,
             request.settings["shard_rows"],
             request.settings["batch_size"],
+            sample_in(request.settings),
             streamed=streamed,
         )
         for expert in setup.experts

@@ -25,6 +25,7 @@ from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_json
 from bmm.errors import BMMError
+from bmm.grams.settings import sample_in
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.modules.units import Unit, units_of
@@ -174,6 +175,7 @@ def _identity(work: Work, request: Request, setup: Setup) -> tuple[dict[str, Any
         "batch_size": request.settings["batch_size"],
         "reading": [reading(expert.task) for expert in setup.experts],
         "task_weights": request.settings["regression"]["task_weights"],
+        **sample_in(request.settings),
     }
     return inputs, settings
 

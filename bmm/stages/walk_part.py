@@ -27,6 +27,7 @@ from bmm.evaluation.vocabulary import fill, joined, shifted
 from bmm.modules.chain import Batch
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give
+from bmm.modules.tokens import Sample
 from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, read_split
 from bmm.regression.held_out import is_held_out
 from bmm.regression.moments import Moments
@@ -117,7 +118,8 @@ def open_walk(
     def weight(index: int, name: str) -> torch.Tensor:
         return weights.expert(tasks[index], name)
 
-    return kind(merged, expert, weights.names(), prior, weight, batches, setup.regressed, apart)
+    sample = Sample.of(request.settings)
+    return kind(merged, expert, weights.names(), prior, weight, batches, setup.regressed, apart, sample)
 
 
 def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefact]) -> Give:

@@ -88,6 +88,20 @@ def test_shards_and_workers_follow_the_rows(pico: Path) -> None:
     assert elsewhere.worker_bytes == found.worker_bytes > elsewhere.memory_bytes, "jobs have memory of their own"
 
 
+def test_of_a_sample_of_tokens_fewer_answers_are_kept(pico: Path) -> None:
+    rows = 2 * 10**5
+    grams, cluster = {"source": "activations", "tokens": 4}, {"workers": 1, "memory_limit": "99GiB"}
+    whole, few, more = (
+        stages(pico, experts=calibrated(pico, rows), cluster=cluster, grams={**grams, "tokens": tokens})
+        for tokens in (None, 4, 11)
+    )
+    # Of six maps' answers; states pass on whole. Rows have ten tokens.
+    saved = 4 * (4 * 8 + 32 + 8) * (10 - 4) * rows * 3
+    assert whole["search"].memory_bytes - few["search"].memory_bytes == saved
+    assert more["search"] == whole["search"]
+    assert "shards, 4 tokens of each sequence, 1 worker" in few["grams"].note
+
+
 def test_a_worker_over_its_limit_is_said_so(pico: Path) -> None:
     recipe = Recipe.from_yaml(pico / "recipe.yaml")
     made = estimate_stages(recipe, Outline(SHAPES, MODEL, {}), [10] * 3)

@@ -35,7 +35,9 @@ def test_gram_sizes_are_near_what_a_forward_pass_shows(family: str) -> None:
     estimated = sum(number * outputs * inputs for number, outputs, inputs in outline.matrices.values())
     assert solved * 0.8 <= estimated <= solved * 1.25
     # One layer's answers, and no more than all of them beside three streams.
-    assert 0 < outline.walk_floats <= sum(map_.outputs for map_ in maps) + 3 * max(map_.inputs for map_ in maps)
+    streams = 3 * max(map_.inputs for map_ in maps)
+    assert 0 < outline.walk_floats(1, 1) <= sum(map_.outputs for map_ in maps) + streams
+    assert 0 < outline.walk_floats(10, 0) <= 10 * streams
 
 
 @pytest.mark.parametrize("family", sounds.CONFIGS)

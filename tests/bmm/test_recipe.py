@@ -170,6 +170,8 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
         ("coverage", {"minimum": 1.5}, "'coverage.minimum'"),
         ("grams", {"source": "guesses"}, "'grams.source': there is no source 'guesses'"),
         ("grams", {"source": "task-vectors", "shard_rows": 7}, "unknown key 'grams.shard_rows'"),
+        ("grams", {"source": "task-vectors", "tokens": 7}, "unknown key 'grams.tokens'"),
+        ("grams", {"tokens": 0}, "'grams.tokens': .*greater than or equal to 1"),
         ("grams", {"source": "hybrid", "rho": 1.5}, "'grams.rho'"),
         ("grams", {"source": "artifact"}, "'grams.path' is missing"),
         ("grams", {"source": "artifact", "path": {"news": "a"}}, "'grams.path': mail has no folder"),

@@ -74,12 +74,30 @@ EVERYTHING = set(STAGES)
         ({"evaluation": {"batch_size": 7}}, {"search", "evaluate", "publish"}),
         ({"grams": {"shard_rows": 7}}, {"grams", "evaluate"}),
         ({"grams": {"batch_size": 7}}, {"grams", "evaluate"}),
+        ({"grams": {"tokens_seed": 7}}, set()),
+        # The walk samples its rows too.
+        ({"grams": {"tokens": 7}}, {"grams", "search", "evaluate", "publish"}),
         ({"grams": {"source": "task-vectors"}}, {"grams", "search", "evaluate", "publish"}),
         ({"anchor": {"method": "ta"}}, {"anchor", "search", "evaluate", "publish"}),
     ],
 )
 def test_a_change_of_the_recipe_reaches_the_stages_that_depend_on_it(values: dict[str, Any], stages: set[str]) -> None:
     assert changed(values) == stages
+
+
+def test_without_a_sample_of_tokens_no_request_speaks_of_one() -> None:
+    def settings(**grams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        found = Requests(Recipe.from_mapping({**VALUES, "grams": grams}), inputs())
+        done = Result("any", "", "ran", 0.0, dict.fromkeys(("layout", "experts", "anchor"), ""))
+        results = dict.fromkeys(STAGES, done)
+        grams_, search = (dict(found.build(stage, results).settings) for stage in ("grams", "search"))
+        return grams_, search
+
+    grams, search = settings(tokens_seed=3)
+    assert grams == {"source": "activations", "shard_rows": 128, "batch_size": 32}
+    assert search.keys() == {"search", "regression", "minimum_coverage", "dtype", "batch_size"}
+    sample = {"tokens": 4, "tokens_seed": 3}
+    assert settings(**sample) == ({**grams, **sample}, {**search, **sample})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from bmm.grams.collect import GramSum, collect
 from bmm.kinds.text_classification import TextClassificationKind
 from bmm.kinds.texts import TextRow as Row
 from bmm.modules.linear import LinearMap, discover
+from bmm.modules.tokens import Sample
 
 TEXTS = [" ".join(f"w{(index * step) % 60}" for step in range(1, 3 + index % 9)) for index in range(21)]
 QUERY, OUT = "encoder.layer.0.attention.self.query", "encoder.layer.1.attention.output.dense"
@@ -110,6 +111,45 @@ def test_sums_over_batches_add_and_the_mask_decides_what_counts() -> None:
     assert torch.equal(found.total, 2 * kept.T @ kept)
     plain = collect(Small(), [{"states": states}], maps("used"))["used"]
     assert plain.rows == 8
+
+
+def test_of_a_sample_the_gram_is_that_of_the_rows_that_were_drawn() -> None:
+    states = torch.arange(48.0).reshape(2, 8, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
+    batches = [{"states": states, "attention_mask": mask}, {"states": -states, "attention_mask": mask}]
+    sample = Sample(3, tokens_seed=5)
+    drawn = [sample.drawn(mask.bool(), place) for place in (0, 1)]
+    assert [one.sum(1).tolist() for one in drawn] == [[3, 2], [3, 2]]
+    picked = torch.cat([states[drawn[0]], -states[drawn[1]]]).double()
+    found = collect(Small(), batches, maps("used"), sample)["used"]
+    assert found.rows == 10
+    assert torch.equal(found.total, picked.T @ picked)
+    images = collect(Small(), [{"states": states}], maps("used"), sample)["used"]
+    picked = states[sample.drawn(torch.ones(2, 8, dtype=torch.bool), 0)].double()
+    assert images.rows == 6
+    assert torch.equal(images.total, picked.T @ picked)
+
+
+# Texts, images (with a patch convolution and with fused attention), sounds, mixtures, two texts at once.
+@pytest.mark.parametrize(
+    "family", ["bert", "deberta-v2", "gpt2", "vit", "openclip", "whisper-encoder", "mixtral", "t5"]
+)
+def test_every_layer_sees_a_sample_of_every_sequence(family: str) -> None:
+    model, inputs = encoder(family, 1), batches(family, 2, 2)
+    found = discover(model, {name: value[:2] for name, value in inputs[0].items()})
+    readers = [map_ for map_ in found if map_.input_group == map_.module]
+    whole, enough, few = (collect(model, inputs, readers, sample) for sample in (None, Sample(100), Sample(2)))
+    for name, part in whole.items():
+        assert enough[name].rows == part.rows
+        assert torch.equal(enough[name].total, part.total), name
+    if family == "deberta-v2":
+        # Its positions are read beside the tokens, all of them.
+        few = {name: part for name, part in few.items() if "query_proj" not in name}
+    assert {part.rows for name, part in few.items() if ".experts." not in name} <= {2 * 16, 16}
+    pooled = [name for name, part in few.items() if part.rows == 16 and ".experts." not in name]
+    assert all("pooler" in name for name in pooled)
+    routed = [part.rows for name, part in few.items() if ".experts.gate_up_proj." in name]
+    assert sum(routed) == (2 * 2 * 2 * 16 if routed else 0)
 
 
 def test_a_module_that_never_fires_is_named() -> None:

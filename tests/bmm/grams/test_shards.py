@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from bmm.errors import CheckpointError, StoreAwayError
 from bmm.evaluation.data import Split
 from bmm.grams.collect import GramSum
-from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
+from bmm.grams.shards import SHARD_VERSION, ShardRequest, compute_shard, reduce, shards_of
 from bmm.kinds.texts import TextRow as Row
 from bmm.modules.linear import LinearMap
 from bmm.sources import fingerprint_model
-from bmm.store import Draft, Reference, Store
+from bmm.store import Draft, Reference, Store, artefact_key
 
 GROUPS = ("encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense", "pooler.dense")
 MAPS = tuple(
@@ -146,10 +146,36 @@ def test_the_key_is_made_of_what_decides_the_result_and_of_nothing_else(whole: S
         "reading": {**READING, "max_length": 8},
         "batch_size": 5,
         "maps": MAPS[:1],
+        "tokens": 4,
     }
     keys = {replace(whole, **{name: value}).key() for name, value in changes.items()}  # type: ignore[arg-type]
     assert len(keys | {whole.key()}) == len(changes) + 1
     assert replace(whole, store="/b", expert_path="/c", data={}, streamed=True).key() == whole.key()
+    one, two = (replace(whole, tokens=4, tokens_seed=seed).key() for seed in (0, 1))
+    assert one != two
+    # Shards that were made before tokens could be sampled are found as they were.
+    assert replace(whole, tokens_seed=1).key() == whole.key()
+    names = ("expert_digest", "split_digest", "start", "stop", "reading", "batch_size", "maps")
+    before = {name: getattr(whole, name) for name in names}
+    assert whole.key() == artefact_key("gram-shard", SHARD_VERSION, before, {})
+
+
+def test_a_sample_of_the_tokens_does_not_depend_on_who_draws_it(whole: ShardRequest) -> None:
+    cut = shards_of(replace(whole, tokens=3, tokens_seed=7), len(TEXTS), 12)
+    found = summed(cut)
+    assert found["pooler.dense"].rows == len(TEXTS)
+    assert found[GROUPS[0]].rows == found[GROUPS[1]].rows == 3 * len(TEXTS)
+    for request in cut:
+        assert Store.open(whole.store).discard("gram-shard", request.key())
+    again = summed([replace(request, streamed=True) for request in cut[::-1]][::-1])
+    assert all(torch.equal(found[name].total, again[name].total) for name in GROUPS)
+
+
+def test_more_tokens_than_there_are_change_no_byte(whole: ShardRequest) -> None:
+    plain, sampled = summed([whole]), summed([replace(whole, tokens=16)])
+    for name in GROUPS:
+        assert sampled[name].rows == plain[name].rows
+        assert torch.equal(sampled[name].total, plain[name].total)
 
 
 def test_a_streamed_expert_gives_the_same_bytes(whole: ShardRequest, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from bmm.errors import BMMError
 from bmm.grams.collect import collect
 from bmm.grams.stream import Stream
 from bmm.modules.linear import LinearMap, discover
+from bmm.modules.tokens import Sample
 
 
 def _readers(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[LinearMap]:
@@ -24,14 +25,20 @@ def _present(model: nn.Module, layers: tuple[str, ...]) -> set[str]:
     return {layer for layer in layers if any(p.numel() for p in model.get_submodule(layer).parameters())}
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_a_streamed_expert_gives_the_same_sums(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "sample"),
+    [
+        *((family, None) for family in sorted(CONFIGS)),
+        *((family, Sample(3, 1, 8)) for family in ("bert", "mixtral", "t5", "vit", "whisper-encoder")),
+    ],
+)
+def test_a_streamed_expert_gives_the_same_sums(family: str, sample: Sample | None) -> None:
     model = encoder(family, 1)
     inputs = [*batches(family, 2, 3), *batches(family, 3, 2)]
     maps = _readers(model, inputs[0])
-    whole = collect(model, inputs, maps)
+    whole = collect(model, inputs, maps, sample)
     weights = dict(copy.deepcopy(model).named_parameters(remove_duplicate=False))
-    stream = Stream(model, weights, weights.__getitem__, inputs, maps)
+    stream = Stream(model, weights, weights.__getitem__, inputs, maps, sample)
     found = {name: part for sums in stream.sums() for name, part in sums.items()}
     assert set(found) == set(whole)
     for name, part in whole.items():

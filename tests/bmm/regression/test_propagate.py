@@ -13,6 +13,7 @@ from torch import nn
 
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap, discover
+from bmm.modules.tokens import Sample
 from bmm.regression.moments import Moments, total, trusted
 from bmm.regression.propagate import Walk
 
@@ -25,12 +26,22 @@ def maps_of(model: nn.Module, batch: Batch) -> tuple[LinearMap, ...]:
     return discover(model, {name: value[:2] for name, value in batch.items()})
 
 
-def walk_of(start: nn.Module, experts: list[nn.Module], rows: list[list[Batch]], maps: Any = None) -> Walk:
+def walk_of(
+    start: nn.Module,
+    experts: list[nn.Module],
+    rows: list[list[Batch]],
+    maps: Any = None,
+    sample: Sample | None = None,
+) -> Walk:
     known = [dict(model.named_parameters(remove_duplicate=False)) for model in (*experts, copy.deepcopy(start))]
     names = dict(start.named_parameters())
     scratch = copy.deepcopy(start)
     maps = maps or maps_of(start, rows[0][0])
-    return Walk(start, scratch, names, lambda name: known[-1][name], lambda t, name: known[t][name], rows, maps)
+
+    def weight(task: int, name: str) -> torch.Tensor:
+        return known[task][name]
+
+    return Walk(start, scratch, names, known[-1].__getitem__, weight, rows, maps, sample=sample)
 
 
 def run(walk: Walk, merged: nn.Module, anchor: nn.Module, lam: float) -> dict[str, Moments]:
@@ -136,6 +147,57 @@ def test_the_cross_moment_is_of_the_experts_answers_on_their_own_inputs() -> Non
         power = power + answers.square().mean(0)
     torch.testing.assert_close(moments.cross[name], cross, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments.power[name], power, rtol=1e-4, atol=1e-4)
+
+
+def sampled_of(model: nn.Module, name: str, task: list[Batch], sample: Sample) -> torch.Tensor:
+    """Return what reaches a map in the rows of the tokens that are drawn."""
+    found = []
+    for place, batch in enumerate(task):
+        mask = batch["attention_mask"].bool()
+        found.append(inputs_of(model, name, batch)[sample.drawn(mask, place)[mask]])
+    return torch.cat(found).double()
+
+
+def test_of_a_sample_both_models_rows_are_of_the_same_tokens() -> None:
+    expert, anchor, sample = encoder("bert", 1), encoder("bert", 3), Sample(2, 9)
+    task = batches("bert", 5)
+    merged = copy.deepcopy(anchor)
+    walk = walk_of(merged, [expert], [task], sample=sample)
+    name = "encoder.layer.1.attention.self.key"
+    moments = run(walk, merged, anchor, lam=0.1)["encoder.layer.1.attention.self.query"]
+    read = sampled_of(merged, name, task, sample)
+    assert len(read) == 2 * 8 * len(task)
+    answers = expert.get_submodule(name)(sampled_of(expert, name, task, sample).float()).double()
+    read = torch.cat([read, torch.ones(len(read), 1, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(moments.gram, read.T @ read / len(read), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.cross[name], answers.T @ read / len(read), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "openclip", "vit"])
+def test_few_tokens_of_many_rows_reproduce_an_expert_too(family: str) -> None:
+    # Wherever answers, inputs and streams were of different tokens, no weights could.
+    expert, anchor = encoder(family, 1), encoder(family, 2)
+    rows = [batches(family, 3, 12)]
+    agree_outside(maps_of(anchor, rows[0][0]), expert, anchor)
+    merged = copy.deepcopy(anchor)
+    run(walk_of(merged, [expert], rows, sample=Sample(2)), merged, anchor, lam=1e-9)
+    wanted, found = (hidden_states(model, rows[0][0]) for model in (expert, merged))
+    assert (found - wanted).abs().max() < 1e-2 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["bert", "mixtral", "vit"])
+def test_a_sample_of_all_tokens_changes_no_byte(family: str) -> None:
+    expert, anchor = encoder(family, 1), encoder(family, 2)
+    rows = [batches(family, 3, 2)]
+    plain, sampled = (walk_of(copy.deepcopy(anchor), [expert], rows, sample=sample) for sample in (None, Sample(16, 4)))
+    for unit in plain.units:
+        for group in unit.groups:
+            ((one,),), ((two,),) = (walk.moments(unit.name, group) for walk in (plain, sampled))
+            assert one.rows == two.rows
+            assert torch.equal(one.gram, two.gram)
+            assert all(torch.equal(one.cross[name], two.cross[name]) for name in one.cross)
+        for walk in (plain, sampled):
+            walk.advance(unit.name)
 
 
 @pytest.mark.parametrize("family", PLAIN)

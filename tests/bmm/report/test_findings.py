@@ -40,6 +40,8 @@ def test_how_the_regression_was_made_is_said_in_words(document):
         "the regression is on what the experts read on their calibration rows; the strength of the prior was searched "
         "on validation rows"
     )
+    document["grams"] = {"source": "activations", "tokens": 16, "tokens_seed": 3}
+    assert "on their calibration rows, 16 tokens of each sequence (seed 3); the" in findings.method(document)
     document["recipe"] = {"regression": {"mode": "propagated"}}
     assert "what the merged model itself reads on the calibration rows" in findings.method(document)
     document["recipe"] = {"regression": {"mode": "module-wise"}}

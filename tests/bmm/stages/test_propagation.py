@@ -104,6 +104,25 @@ def test_every_map_may_have_the_strength_that_unseen_rows_ask_for(
     )
 
 
+def test_a_walk_keeps_as_many_tokens_as_the_recipe_says(merged: Path, edit_recipe: Callable[..., Path]) -> None:
+    def moments(entries: dict[str, Entry]) -> list[bytes]:
+        return [(entry.path / "moments.safetensors").read_bytes() for entry in entries.values()]
+
+    def added(**sample: int) -> dict[str, Entry]:
+        known = walked(merged).keys()
+        edit_recipe(merged, grams=sample, regression={"lambda": 0.1}, search={}, evaluation={"compare": ["average"]})
+        search(merged)
+        return {key: entry for key, entry in walked(merged).items() if key not in known}
+
+    plain = walked(merged)
+    # No text has more than 16.
+    assert moments(added(tokens=16)) == moments(plain)
+    few = added(tokens=3, tokens_seed=5)
+    assert len(few) == len(plain)
+    rows = [json.loads((entry.path / "unit.json").read_text())["rows"] for entry in few.values()]
+    assert {tuple(counts) for unit in rows for counts in unit.values()} == {(3 * 48,) * 3, (48,) * 3}
+
+
 def test_a_second_round_starts_from_what_the_first_has_solved(merged: Path, edit_recipe: Callable[..., Path]) -> None:
     edit_recipe(merged, regression={"lambda": 1.0}, search={})
     first = search(merged)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zarr
 from safetensors.torch import load_file, save_file
 
 from bmm.checkpoint.layout import Layout
@@ -120,6 +121,31 @@ def test_one_changed_expert_has_its_own_grams_made_again_and_no_other(merged: Pa
     )
     assert reader.rows("pooler.dense") == 40
     assert len(reader.provenance["shards"]) == 2
+
+
+def test_a_sample_of_tokens_is_told_with_the_matrices(merged: Path, edit_recipe: Edit, in_process: None) -> None:
+    sample = {"tokens": 3, "tokens_seed": 7}
+
+    def made(**grams: Any) -> tuple[GramReader, str]:
+        edit_recipe(merged, grams={"shard_rows": 24, **grams})
+        result = stages(merged, "grams")["grams"]
+        path = Store.open(merged / "store").read(result.reference("experts", "task2")).file("grams.zarr")
+        attributes = zarr.open_group(path, mode="r")["encoder.layer.0.output.dense"].attrs
+        return GramReader(path), str(attributes["statistic"])
+
+    before, plain = made()
+    assert "tokens" not in before.provenance
+    assert plain == "sum of outer products, padding left out"
+    after, statistic = made(**sample)
+    assert {name: after.provenance[name] for name in sample} == sample
+    assert statistic == f"{plain}, of at most 3 tokens a sequence"
+    # Of 48 rows, each longer than that.
+    assert {after.rows(name) for name in after.names() if name != "pooler.dense"} == {3 * 48}
+    # No row is longer than this: the same matrices, under a name of their own.
+    longest, _ = made(tokens=16)
+    assert all(torch.equal(longest.gram(name), before.gram(name)) for name in before.names())
+    blended, _ = made(source="hybrid", **sample)
+    assert {name: blended.provenance[name] for name in sample} == sample
 
 
 def test_the_cut_into_shards_changes_nothing_but_rounding(merged: Path, edit_recipe: Edit, in_process: None) -> None:
