@@ -22,6 +22,8 @@ Stage = Literal["experts", "grams", "anchor", "both", "search"]
 # The strength that the unsearched rows use everywhere, so that nothing of theirs was chosen on the rows they are
 # measured on.
 LAMBDA = 0.1
+# Tokens of each sequence where not all are kept.
+TOKENS = 16
 LABELS = {
     "average": "average",
     "ta": "task arithmetic",
@@ -178,10 +180,19 @@ def _ours(trials: int) -> list[Row]:
     walked = How(_fixed(PROPAGATED, LAMBDA), "search")
     held_out = How(_fixed(PROPAGATED, "held-out"), "search")
     twice = _fixed({**PROPAGATED, "regression": {**PROPAGATED["regression"], "rounds": 2}}, LAMBDA)
+    alone = [
+        Row(name, How(_fixed(changes, LAMBDA), "search"), ours=True, data_free=False, seeded=True)
+        for name, changes in (
+            (f"propagated, {TOKENS} tokens a sequence", _sampled(PROPAGATED)),
+            ("module-wise", MODULE_WISE),
+            (f"module-wise, {TOKENS} tokens a sequence", _sampled(MODULE_WISE)),
+        )
+    ]
     return [
         Row("propagated", walked, ours=True, data_free=False, seeded=True),
         Row("propagated, λ by held-out rows", held_out, ours=True, data_free=False, seeded=True),
         Row("propagated, two rounds", How(twice, "search", (walked,)), ours=True, data_free=False, seeded=True),
+        *alone,
         *(Row(name, lead, ours=True, data_free=False, seeded=True) for name, lead in LEADS.items()),
         _searched("module-wise, searched", MODULE_WISE, trials),
         _searched("hybrid, searched", HYBRID, trials, How(MODULE_WISE, "grams")),
@@ -192,6 +203,11 @@ def _ours(trials: int) -> list[Row]:
 def _searched(name: str, changes: Changes, trials: int, *after: How) -> Row:
     how = How({**changes, "search": {"trials": trials}}, "search", after)
     return Row(name, how, ours=True, data_free=False, seeded=True, chosen=True)
+
+
+def _sampled(changes: Changes) -> Changes:
+    """Return `changes` with only so many tokens of each sequence kept."""
+    return {**changes, "grams": {**changes["grams"], "tokens": TOKENS}}
 
 
 def _fixed(changes: Changes, strength: float | str) -> Changes:

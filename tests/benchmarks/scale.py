@@ -44,7 +44,12 @@ class Part:
 
 
 PARTS = (
-    Part("floor", "benchmarks.scaling.gram_floor", {"gram_seconds_vs_floor": 1.2}, in_folder=False),
+    Part(
+        "floor",
+        "benchmarks.scaling.gram_floor",
+        {"gram_seconds_vs_floor": 1.2, "gram_seconds_16_tokens_vs_all": None},
+        in_folder=False,
+    ),
     Part(
         "peer",
         "benchmarks.scaling.gram_peer",

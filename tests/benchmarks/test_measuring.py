@@ -47,7 +47,10 @@ def test_parts_are_kept_and_not_measured_twice(tmp_path: Path, monkeypatch: pyte
             measured.append(name)
             if name.endswith("gram_peer"):
                 raise RuntimeError("no room")
-            return {"gram_seconds_vs_floor": 1.1, "spread": {"low": 1.0, "high": 1.3}, "quick": quick}
+            found = {"gram_seconds_vs_floor": 1.1, "spread": {"low": 1.0, "high": 1.3}, "quick": quick}
+            few = {"median": 0.7, "low": 0.6, "high": 0.8}
+            widths = {"gram_seconds_16_tokens_vs_all": {"384 wide": 0.7}, "methods": {"384 wide": {"seconds": few}}}
+            return {**found, **widths}
 
         return SimpleNamespace(measure=measure)
 
@@ -63,4 +66,6 @@ def test_parts_are_kept_and_not_measured_twice(tmp_path: Path, monkeypatch: pyte
     console.print(scale._table({**results, "merge_seconds_vs_mergekit": {"ta": 1.4}}))
     text = console.export_text()
     assert "1.100" in text
+    sampled = next(line for line in text.splitlines() if "gram_seconds_16_tokens_vs_all 384 wide" in line)
+    assert [word for word in sampled.split() if word.startswith("0.")] == ["0.700", "0.600", "0.800"]
     assert "merge_seconds_vs_mergekit ta" in text

@@ -2,6 +2,8 @@
 
 The products' part is `rows · d · (d + 1)` floating-point operations for each distinct input, at the rate of torch's own
 product `XᵀX` of that width in the same turn. One thread, as in a worker.
+
+Beside it, what keeping only a sample of each sequence's tokens takes of collecting with all.
 """
 
 from __future__ import annotations
@@ -32,15 +34,24 @@ SHAPES = (
     Shape("text encoder, 1 layer", 3072, 1, 8192, 128, 16, 2),
 )
 QUICK = (Shape("text encoder, 2 layers, padded rows", 384, 2, 1536, 64, 32, 2),)
+TOKENS = 16
+"""Of each sequence, where not all are kept."""
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
-    """Return, for each shape, what collecting takes over its floor."""
+    """Return, for each shape, what collecting takes over its floor, and with a sample of the tokens over with all."""
     found = {}
     for shape in QUICK if quick else SHAPES:
         found[str(shape.width)] = {"model": shape.name, **_measure(shape, 2 if quick else 5)}
     worst = max(found.values(), key=lambda one: one["ratio"]["median"])
-    return {"gram_seconds_vs_floor": worst["ratio"]["median"], "spread": worst["ratio"], "by_width": found}
+    sampled = {f"{width} wide": one["sampled"] for width, one in found.items()}
+    return {
+        "gram_seconds_vs_floor": worst["ratio"]["median"],
+        "spread": worst["ratio"],
+        "gram_seconds_16_tokens_vs_all": {name: one["median"] for name, one in sampled.items()},
+        "methods": {name: {"seconds": one} for name, one in sampled.items()},
+        "by_width": found,
+    }
 
 
 def _measure(shape: Shape, repetitions: int) -> dict[str, Any]:
@@ -48,6 +59,7 @@ def _measure(shape: Shape, repetitions: int) -> dict[str, Any]:
 
     from bmm.grams.collect import collect
     from bmm.modules.linear import discover
+    from bmm.modules.tokens import Sample
     from bmm.threads import one_thread
 
     torch.manual_seed(0)
@@ -73,12 +85,16 @@ def _measure(shape: Shape, repetitions: int) -> dict[str, Any]:
     def collected() -> None:
         sums.update(collect(model, batches, readers))
 
+    def sampled() -> None:
+        collect(model, batches, readers, Sample(TOKENS))
+
     with one_thread():
         taken = by_turns(
             {
                 "forward": lambda: seconds(forward),
                 **{name: lambda width=width: product(width) for width, name in rates.items()},
                 "collect": lambda: seconds(collected),
+                "sampled": lambda: seconds(sampled),
             },
             repetitions,
         )
@@ -93,7 +109,8 @@ def _measure(shape: Shape, repetitions: int) -> dict[str, Any]:
     ]
     return {
         "ratio": ratio(taken["collect"], floors),
-        "seconds": {"forward": taken["forward"], "floor": floors, "collect": taken["collect"]},
+        "sampled": ratio(taken["sampled"], taken["collect"]),
+        "seconds": {"floor": floors, **{name: taken[name] for name in ("forward", "collect", "sampled")}},
         "gflops": {str(width): 1e-9 / min(taken[name]) for width, name in rates.items()},
         "rows": max(part.rows for part in sums.values()),
     }
