@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -94,16 +95,25 @@ class Team:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
+    def ask(self, what: str, body: dict[str, Any]) -> Any:
+        """Post to the server, again where its SQLite was locked for a moment (503), as Prefect's own client does."""
+
+        def answer() -> httpx.Response | None:
+            said = httpx.post(f"{self.url}/{what}", json=body, timeout=60)
+            return None if said.status_code == httpx.codes.SERVICE_UNAVAILABLE else said
+
+        return wait_for(answer, what).raise_for_status().json()
+
     def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self.url}/{what}/filter", json=filters, timeout=60)
-        found: list[dict[str, Any]] = answer.raise_for_status().json()
+        found: list[dict[str, Any]] = self.ask(f"{what}/filter", filters)
         return found
 
     def begin(self) -> str:
         """Have a night begin now; return the flow run's id."""
         (night,) = [one for one in self.find("deployments") if "nightly" in one["tags"]]
-        made = httpx.post(f"{self.url}/deployments/{night['id']}/create_flow_run", json={}, timeout=60)
-        return str(made.raise_for_status().json()["id"])
+        # The key, so that a question asked again makes no second run.
+        made = self.ask(f"deployments/{night['id']}/create_flow_run", {"idempotency_key": str(uuid4())})
+        return str(made["id"])
 
     def state(self, run: str) -> Run:
         (found,) = self.find("flow_runs", flow_runs={"id": {"any_": [run]}})
