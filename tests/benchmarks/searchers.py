@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=40, help="of each search")
     parser.add_argument("--per", default="type x depth", help="module groups, as search.per")
     parser.add_argument("--mode", choices=("module-wise", "propagated"), default="module-wise")
+    parser.add_argument("--anchor", help="a method, as anchor.method; else the recipe's")
     parser.add_argument("--objective", default="share-of-expert", help="as search.objective")
     parser.add_argument("--only", action="append", choices=SEARCHERS, help="only this searcher; may be repeated")
     parser.add_argument("--costs", action="store_true", help="only what a trial and a proposal cost")
@@ -104,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]:
     bench = Bench(zoo)
     experts = bench.references()["expert"]
-    costs = trial_costs(bench, *bench.before_search(How(_changes(said.mode), "both"), 0, said.rows))
+    costs = trial_costs(bench, *bench.before_search(How(_changes(said), "both"), 0, said.rows))
     for name, found in costs.items():
         console.print(f"{zoo.name}: {name.replace('_', ' ')}: {found['median']:.3f}", markup=False, soft_wrap=True)
     if said.costs:
@@ -117,8 +119,7 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
         runs.setdefault(job.name, []).append(outcome)
         console.print(f"[{done} of {len(jobs)}] {zoo.name}: {job.name}, seed {job.seed}", markup=False, soft_wrap=True)
     grid = runs.pop("grid")
-    anchored = How(_changes(said.mode), "anchor")
-    anchor = bench.merged(anchored, 0, said.rows)
+    anchor = bench.merged(How(_changes(said), "anchor"), 0, said.rows)
     on_validation = {run.digest: bench.share(run.digest, "validation") for run in grid}
     best = max(grid, key=lambda run: on_validation[run.digest])
     models = {name: [run.digest for run in found] for name, found in runs.items()}
@@ -133,7 +134,7 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
         "rows": _rows(models, answers, experts, runs, validation, goal, said),
         "settings": {
             **{key: getattr(said, key) for key in ("seeds", "rows", "trials", "per", "mode", "objective")},
-            "anchor": bench.anchor,
+            "anchor": _changes(said).get("anchor", bench.anchor),
             "grid": GRID,
             "test_rows": bench.rows("test"),
             "validation_rows": bench.rows("validation"),
@@ -142,18 +143,19 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
     }
 
 
-def _changes(mode: str) -> dict[str, Any]:
-    return dict(MODULE_WISE if mode == "module-wise" else PROPAGATED)
+def _changes(said: argparse.Namespace) -> dict[str, Any]:
+    changes = dict(MODULE_WISE if said.mode == "module-wise" else PROPAGATED)
+    return changes if said.anchor is None else {**changes, "anchor": {"method": said.anchor}}
 
 
 def _jobs(zoo: Zoo, said: argparse.Namespace) -> list[Job]:
     """Return every run: first the grid, which makes what all searches stand on."""
     jobs = []
     for exponent in np.linspace(-4, 2, GRID + 1)[:-1]:
-        regression = {**_changes(said.mode)["regression"], "lambda": float(f"{10**exponent:.6g}")}
+        regression = {**_changes(said)["regression"], "lambda": float(f"{10**exponent:.6g}")}
         if said.mode == "propagated":
             regression["walk_lambda"] = 0.1
-        changes = {**_changes(said.mode), "regression": regression, "search": {"per": "model", "trials": 0}}
+        changes = {**_changes(said), "regression": regression, "search": {"per": "model", "trials": 0}}
         jobs.append(Job(zoo, "grid", 0, How(changes, "search"), said.rows))
     for seed in range(said.seeds):
         for searcher in said.only or SEARCHERS:
@@ -164,7 +166,7 @@ def _jobs(zoo: Zoo, said: argparse.Namespace) -> list[Job]:
                 "objective": said.objective,
                 "seed": seed,
             }
-            jobs.append(Job(zoo, searcher, seed, How({**_changes(said.mode), "search": search}, "search"), said.rows))
+            jobs.append(Job(zoo, searcher, seed, How({**_changes(said), "search": search}, "search"), said.rows))
     return jobs
 
 
@@ -218,7 +220,7 @@ def _rows(
         if name in runs:
             if goal is not None:
                 reached = [_evaluations_to(run, goal) for run in runs[name]]
-                row["evaluations_to_random_best"] = None if None in reached else median(filter(None, reached))
+                row["evaluations_to_random_best"] = median_reached(reached)
             row["below_anchor_on_validation"] = sum(_below_anchor(run) for run in runs[name])
             row["seen"] = mean(trial["seen"] for run in runs[name] for trial in run.search["trials"])
         if "bayesian" in models and name != "bayesian":
@@ -258,6 +260,12 @@ def _evaluations_to(run: Run, goal: float) -> int | None:
     return next((place for place, value in enumerate(_objectives(run), 1) if value >= goal), None)
 
 
+def median_reached(reached: Sequence[int | None]) -> float | None:
+    """Return the median over runs, of which some may never get there; None where half of them do not."""
+    found = median(math.inf if count is None else float(count) for count in reached)
+    return found if math.isfinite(found) else None
+
+
 def _below_anchor(run: Run) -> bool:
     return bool(run.search["best"]["objective"] < run.search["trials"][0]["objective"])
 
@@ -265,10 +273,12 @@ def _below_anchor(run: Run) -> bool:
 def table(zoo: str, result: Mapping[str, Any]) -> Table:
     """Return one zoo's rows for a terminal, best first."""
     settings = result["settings"]
+    anchor = settings["anchor"]["method"]
     drawn = Table(
         title=f"{zoo}: share of the experts' mean test score, %",
-        caption=f"{settings['mode']}, per {settings['per']}, {settings['trials']} trials, {settings['seeds']} seeds of "
-        "each searcher; to random's best: median evaluations to the best validation value of random search at its end",
+        caption=f"{settings['mode']} around {anchor}, per {settings['per']}, {settings['trials']} trials, "
+        f"{settings['seeds']} seeds of each searcher; to random's best: median "
+        "evaluations to the best validation value of random search at its end",
         title_justify="left",
         caption_justify="left",
         box=None,
@@ -283,12 +293,19 @@ def table(zoo: str, result: Mapping[str, Any]) -> Table:
             f"{100 * share['mean']:.1f}",
             f"{100 * share['low']:.1f} to {100 * share['high']:.1f}",
             f"{100 * row['validation']:.1f}",
-            "" if row["evaluations_to_random_best"] is None else f"{row['evaluations_to_random_best']:g}",
+            _evaluations_shown(row, settings["trials"]),
             ""
             if apart is None
             else f"{100 * apart['mean']:+.2f} ({100 * apart['low']:+.2f} to {100 * apart['high']:+.2f})",
         )
     return drawn
+
+
+def _evaluations_shown(row: Mapping[str, Any], trials: int) -> str:
+    if row["below_anchor_on_validation"] is None:
+        return ""
+    found = row["evaluations_to_random_best"]
+    return f"> {trials}" if found is None else f"{found:g}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,12 @@ import pytest
 from benchmarks import searchers
 
 
+def test_runs_that_never_get_there_count_as_the_longest() -> None:
+    assert searchers.median_reached([4, None, 10]) == 10
+    assert searchers.median_reached([4, None, None]) is None
+    assert searchers.median_reached([1, 2]) == 1.5
+
+
 @pytest.mark.slow
 def test_one_command_sets_searchers_beside_each_other(
     pico: Path, in_process: None, capsys: pytest.CaptureFixture[str]
