@@ -170,6 +170,8 @@ def make_experts(folder: Path, rows: int, layers: int) -> Path:
         entries.append({"name": f"e{index}", "model": str(folder / f"expert-{index}"), "task": task})
     recipe = {"base_model": str(folder / "base"), "experts": entries, "output": str(folder / "out")}
     recipe |= {"cluster": {"workers": 2, "memory_limit": "4GiB"}, "search": {"trials": 0}}
+    # The walk, which is the default, reads no Gram matrices.
+    recipe |= {"regression": {"mode": "module-wise"}}
     # YAML takes JSON.
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     return folder / "recipe.yaml"
