@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bmm.search.rows import variances
 from bmm.search.space import Space
 from bmm.search.trial import Trial
 from bmm.threads import one_thread
@@ -18,7 +19,7 @@ from bmm.threads import one_thread
 _FIT_ITERATIONS = 50
 # Of the likelihood: four strengths of the sparse prior cost four fits.
 _SPARSE_PRIORS = 4
-# Half a point of a share of one: less than any set of validation rows can tell.
+# A hundredth of a point of a share of one: less than any set of validation rows can tell.
 _LEAST_VARIANCE = 1e-8
 
 
@@ -48,10 +49,17 @@ def outcomes_of(trials: Sequence[Trial], value: Callable[[Trial], float]) -> Any
 
 
 def variances_of(trials: Sequence[Trial], noise: float | None) -> Any:
-    """Return the objective's variance of each trial `(n, 1)`, float64; None where one is not known: to be inferred."""
+    """Return the variance of each trial's objective `(n, 1)`, float64; None where one is not known: to be inferred.
+
+    Where trials have rows it is what they do not share (`bmm.search.rows`), else that over draws of the rows.
+    """
     import torch
 
     values = [noise if trial.variance is None else trial.variance for trial in trials]
+    with_rows = [place for place, trial in enumerate(trials) if trial.gains is not None]
+    own = variances([gains for trial in trials if (gains := trial.gains) is not None])
+    for place, variance in zip(with_rows, own or (), strict=False):
+        values[place] = variance
     # A failed trial has none, and stands for what is as bad as the worst.
     known = [value for value in values if value is not None]
     if len(known) < sum(trial.objective is not None for trial in trials):

@@ -7,15 +7,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bmm.errors import BMMError, UserError
+from bmm.search.rows import Gains
 from bmm.search.setting import Setting
 from bmm.search.trial import State, Trial
-
-Gains = Mapping[str, NDArray[np.float64]]
-"""By task, what each row adds to the task's part of the objective, (rows,), in an order that is always the same."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,7 @@ class Outcome:
         tasks: the metric of each task.
         variance: of the objective over draws of the rows.
         seen: the share of the rows that were seen; below 1 the trial was stopped.
-        gains: of each row, where the objective is a mean over rows and all were seen.
+        gains: of each row, where the objective is a mean over rows.
     """
 
     objective: float
@@ -41,8 +36,8 @@ Evaluate = Callable[[Mapping[str, Setting], Gains | None], Outcome]
 """Measures settings by group; given the rows of the best trial so far, it may stop when these cannot be beaten."""
 
 
-def as_trial(future: Future[Outcome], bare: Trial) -> tuple[Trial, Gains | None]:
-    """Return a trial with what was found for it, or with why nothing was, and what its rows gained.
+def as_trial(future: Future[Outcome], bare: Trial) -> Trial:
+    """Return a trial with what was found for it, or with why nothing was.
 
     Raises:
         UserError: as the evaluation raised it.
@@ -55,18 +50,18 @@ def as_trial(future: Future[Outcome], bare: Trial) -> tuple[Trial, Gains | None]
     except (BMMError, FloatingPointError) as error:
         if bare.index == 0:
             raise BMMError(f"the anchor could not be evaluated: {error}") from error
-        return replace(bare, reason=f"{type(error).__name__}: {error}"), None
+        return replace(bare, reason=f"{type(error).__name__}: {error}")
     if not all(math.isfinite(number) for number in (outcome.objective, *outcome.tasks.values())):
         if bare.index == 0:
             raise BMMError("the anchor could not be evaluated: its objective or a task's metric is not finite")
-        return replace(bare, reason="the objective or a task's metric is not finite"), None
+        return replace(bare, reason="the objective or a task's metric is not finite")
     state: State = "complete" if outcome.seen == 1 else "stopped"
-    found = replace(
+    return replace(
         bare,
         objective=outcome.objective,
         tasks=outcome.tasks,
         state=state,
         variance=outcome.variance,
         seen=outcome.seen,
+        gains=outcome.gains,
     )
-    return found, outcome.gains

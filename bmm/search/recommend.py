@@ -4,7 +4,8 @@ The best of many noisy measurements is best partly by luck: a few hundred valida
 separates good settings. So the trials are smoothed by the Gaussian process that proposed them, with the noise that the
 rows have, as is usual in noisy Bayesian optimisation (Frazier, arXiv 1807.02811, section 5); and of those within one
 standard error of the highest, one of the plain ones is taken if there is any: one `λ` for all groups and `γ = 1`
-(the one-standard-error rule: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 7.10). Only trials
+(the one-standard-error rule: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 7.10). The error is
+that of the difference between the two on the same rows, where trials have them (`bmm.search.rows`). Only trials
 that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
 validation rows; where tasks have floors, instead those that keep them, or else those that miss them by least.
 """
@@ -22,6 +23,7 @@ from bmm.search.model import (
     reproducible,
 )
 from bmm.search.plan import Plan, trial_seed
+from bmm.search.rows import variance_of_difference
 from bmm.search.space import Space
 from bmm.search.trial import Trial, best_of
 
@@ -39,19 +41,18 @@ def recommended(space: Space, trials: Sequence[Trial], plan: Plan) -> Trial | No
     """
     elected = _electable(trials, plan)
     best = best_of(elected)
-    noise = None if best is None else plan.noise if plan.noise is not None else best.variance
-    if best is None or noise is None or sum(trial.objective is not None for trial in trials) < 3:
+    if best is None or _error(best, best, plan) is None or sum(trial.objective is not None for trial in trials) < 3:
         return best
     means = _smoothed(space, trials, plan)
     if means is None:
         return best
     # What lies outside of the cube (the anchor, sometimes) stands as it was measured.
     worth = {trial.index: means.get(trial.index, trial.objective or 0.0) for trial in elected}
-    highest = max(worth.values())
+    top = max(elected, key=lambda trial: (worth[trial.index], -trial.index))
     plain = [trial for trial in elected if trial.origin in ("anchor", "global")]
-    near = [trial for trial in plain if worth[trial.index] >= highest - math.sqrt(noise)]
+    near = [trial for trial in plain if worth[trial.index] >= worth[top.index] - (_error(top, trial, plan) or 0.0)]
     own = [trial for trial in near if _is_of_walk(space, trial, plan)]
-    return max(own or near or elected, key=lambda trial: (worth[trial.index], -trial.index))
+    return max(own or near or [top], key=lambda trial: (worth[trial.index], -trial.index))
 
 
 def pareto_front(trials: Sequence[Trial], plan: Plan) -> list[Trial]:
@@ -77,6 +78,14 @@ def _electable(trials: Sequence[Trial], plan: Plan) -> list[Trial]:
     # A task's floor comes before the mean: the anchor may be one that sacrifices it.
     least = min(plan.shortfall(trial) for trial in complete)
     return [trial for trial in complete if plan.shortfall(trial) <= least]
+
+
+def _error(one: Trial, other: Trial, plan: Plan) -> float | None:
+    """Return the standard error of two trials' difference, where they have no rows that of a trial; None if unknown."""
+    if one.gains is not None and other.gains is not None:
+        return math.sqrt(variance_of_difference(one.gains, other.gains))
+    noise = one.variance if plan.noise is None else plan.noise
+    return None if noise is None else math.sqrt(noise)
 
 
 def _is_of_walk(space: Space, trial: Trial, plan: Plan) -> bool:

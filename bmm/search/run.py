@@ -19,10 +19,11 @@ from typing import Literal
 
 from bmm.errors import BMMError
 from bmm.progress import Bar, progress
-from bmm.search.outcome import Evaluate, Gains, Outcome, as_trial
+from bmm.search.outcome import Evaluate, Outcome, as_trial
 from bmm.search.plan import Plan, trial_seed
 from bmm.search.propose import Designed, initial_design, propose
 from bmm.search.recommend import recommended
+from bmm.search.rows import Gains
 from bmm.search.space import Space
 from bmm.search.study import Study
 from bmm.search.trial import Trial, best_of
@@ -85,7 +86,6 @@ class _Search:
         self._bar = bar
         self._design = initial_design(space, plan)
         self._proposals: dict[int, Designed] = {}
-        self._gains: dict[int, Gains | None] = {}
         self._flying: dict[int, Future[Outcome]] = {}
         self._next = 0
         self._evaluated = 0
@@ -146,9 +146,7 @@ class _Search:
             if not future.done():
                 continue
             del self._flying[index]
-            trial, gains = as_trial(future, self._bare(index))
-            self._study.append(trial)
-            self._gains[index] = gains
+            self._study.append(as_trial(future, self._bare(index)))
             self._told()
 
     def _look_ahead(self) -> None:
@@ -189,14 +187,9 @@ class _Search:
         return self._proposals[index]
 
     def _rival(self, index: int) -> Gains | None:
-        """Return the rows of the best trial that this one must beat, those of a trial of an earlier run found again."""
+        """Return the rows of the best trial, which this one must beat."""
         best = best_of(self._history(index)) if self._plan.racing else None
-        if best is None:
-            return None
-        if best.index not in self._gains:
-            # That of an equal earlier trial, or of a run that was killed.
-            self._gains[best.index] = self._evaluate(best.settings, None).gains
-        return self._gains[best.index]
+        return None if best is None else best.gains
 
     def _bare(self, index: int) -> Trial:
         origin, point, settings = self._proposal(index)

@@ -19,14 +19,16 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bmm.digest import canonical_json, digest_json
 from bmm.errors import BMMError, OutputError
+from bmm.search.rows import decoded, encoded
 from bmm.search.trial import Trial, best_of
 
-SCHEMA = 2
+SCHEMA = 3
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class Study:
         """
         if trial.index in self._trials:
             raise BMMError(f"trial {trial.index} is in the study {self._path} already")
-        line = _line("trial", trial.to_json())
+        line = _line("trial", _logged(trial))
         try:
             # Unbuffered, so that closing after a failure does not write what was left of the line.
             with self._path.open("ab", buffering=0) as handle:
@@ -147,6 +149,11 @@ class Study:
             raise OutputError(f"the study log {self._path} cannot be written: {error.strerror}") from error
         self._trials[trial.index] = trial
         self._size += len(line)
+
+
+def _logged(trial: Trial) -> dict[str, Any]:
+    """Return a trial with its rows: what comes next depends on them, also after a kill."""
+    return {**trial.to_json(), "gains": trial.gains and encoded(trial.gains)}
 
 
 def _line(kind: str, value: dict[str, Any]) -> bytes:
@@ -175,7 +182,7 @@ def _read_trials(content: bytes) -> tuple[list[Trial], int]:
         if value is None:
             break
         try:
-            trial = Trial.from_json(value)
+            trial = replace(Trial.from_json(value), gains=value["gains"] and decoded(value["gains"]))
         except (KeyError, TypeError, ValueError, AttributeError, BMMError):
             break
         if trial.index in seen:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bmm.search.rows import Gains
 from bmm.search.setting import Setting
 from bmm.search.space import Point
 
@@ -31,6 +32,7 @@ class Trial:
         seed: the trial's own, drawn from the study's.
         variance: the objective's over draws of the validation rows; None where it is not known.
         seen: the share of the rows that were seen, 1 unless stopped.
+        gains: what each row adds to the objective, where that is a mean over rows; the study's log alone keeps it.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Trial:
     seed: int
     variance: float | None = None
     seen: float = 1.0
+    gains: Gains | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -53,7 +56,7 @@ class Trial:
         set_field(self, "objective", None if self.objective is None else float(self.objective))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the trial as JSON values; floats keep every bit, an infinite λ becomes null."""
+        """Return the trial as JSON values without its rows; floats keep every bit, an infinite λ becomes null."""
         return {
             "index": self.index,
             "origin": self.origin,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 
+import numpy as np
 import torch
 
 from bmm.assembly import Assembler
@@ -143,7 +144,10 @@ class Objective:
         sampling = sum(mean_variance(one) * len(one) / rows[task] for task, one in found.items()) / count**2
         share = sum(len(one) for one in found.values()) / sum(rows.values())
         tasks = {task: one.score for task, one in measured.items()}
-        return Outcome(lost.objective, tasks, sampling + lost.variance, share)
+        whole = {task: np.full(rows[task], np.nan) for task in found}
+        for task, gained in found.items():
+            whole[task][seen[task]] = gained
+        return Outcome(lost.objective, tasks, sampling + lost.variance, share, whole)
 
     def _measured(
         self, task: str, answers: torch.Tensor, expert: torch.Tensor | None, rows: list[int] | None = None
