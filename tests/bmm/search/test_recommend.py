@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,6 +89,24 @@ def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise
         chosen = recommended(SPACE, [anchor, own, *trials[2:]], plan())
         assert chosen is not None
         assert (chosen.origin == "global") == plain
+
+
+def test_the_error_is_that_of_the_difference_where_trials_share_their_rows() -> None:
+    """A gap of half the rows' standard error, which nearly all rows agree on, is a difference."""
+    trials = study(7, 0.001)
+    line = SPACE.global_line(4)[1]
+    best = max(trial.objective for trial in trials if trial.objective is not None)
+    own = replace(trials[1], origin="global", point=SPACE.encode(line), settings=line, objective=best - 0.01)
+    trials = [replace(trials[0], objective=best - 0.3), own, *trials[2:]]
+    draw = np.random.default_rng(0)
+    hard = draw.normal(0, 0.4, 400)
+    with_rows = [
+        replace(trial, gains={"a": (trial.objective or 0.0) + hard + draw.normal(0, 0.01, 400)}) for trial in trials
+    ]
+    apart = [recommended(SPACE, found, plan()) for found in (trials, with_rows)]
+    assert apart[0] == own
+    assert apart[1] is not None
+    assert apart[1].origin == "sobol"
 
 
 def test_of_plain_settings_that_of_the_walk_is_preferred() -> None:
