@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from scipy.linalg.lapack import dpocon
 from torch import Tensor
 
 from bmm.errors import BMMError
-from bmm.regression.posterior import decompose, factor, residual
+from bmm.regression.posterior import RELATIVE_CUTOFF, checked_gram, decompose, factor, residual
+
+_MARGIN = 10.0
+"""By how much LAPACK's estimate of a condition number may be too small; rarely above 3."""
 
 
 def shrink(gram: Tensor, alpha: float) -> Tensor:
@@ -45,7 +49,24 @@ def regmean(experts: Sequence[Tensor], grams: Sequence[Tensor], *, alpha: float,
     mean = _sum(experts, f"an expert's weight {where}") / len(experts)
     total = _sum((shrink(gram, alpha) for gram in grams), f"the Gram matrix of {where}")
     correction = residual(mean, experts, (shrink(gram, alpha) for gram in grams))
-    return factor(decompose(total, where=where), mean, correction).mean(0.0)
+    root = _root(total, where)
+    if root is None:
+        return factor(decompose(total, where=where), mean, correction).mean(0.0)
+    return mean + torch.cholesky_solve(correction.T, root).T
+
+
+def _root(total: Tensor, where: str) -> Tensor | None:
+    """Return the Cholesky factor (in, in) of a sum in which every direction was seen; None where one may not be.
+
+    It takes a thirtieth of an eigendecomposition's operations. The condition number by the 1-norm is at least that of
+    the eigenvalues, which `RELATIVE_CUTOFF` is about.
+    """
+    gram = checked_gram(total, where)
+    root, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
+    if bool(failed):
+        return None
+    share, _ = dpocon(root.numpy(), float(torch.linalg.matrix_norm(gram, 1)), uplo="L")
+    return root if share > _MARGIN * RELATIVE_CUTOFF else None
 
 
 def _sum(tensors: Iterable[Tensor], what: str) -> Tensor:

@@ -98,6 +98,22 @@ def test_inputs_that_never_came_keep_the_mean(alpha):
     np.testing.assert_allclose(found[:, :-1], np.linalg.solve(sum(shrunk), right.T).T, atol=1e-8)
 
 
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, decades=st.floats(0, 9))
+def test_with_and_without_eigenvalues_it_is_the_same(seed, decades):
+    """A factorisation where each direction was seen well, an eigendecomposition where one may not have been."""
+    rng = np.random.default_rng(seed)
+    turned = np.linalg.qr(rng.normal(size=(IN, IN)))[0]
+    gram = torch.as_tensor((turned * np.logspace(0, -decades, IN)) @ turned.T)
+    weights = tensors([rng.normal(size=(OUT, IN)) for _ in range(2)])
+    found = regmean(weights, [gram, gram], alpha=1.0, where="map.weight")
+    mean = (weights[0] + weights[1]) / 2
+    pull = residual(mean, weights, [gram, gram])
+    exact = factor(decompose(gram + gram, where="map.weight"), mean, pull).mean(0.0)
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-8)
+    assert decades < 7 or torch.equal(found, exact)
+
+
 def test_maps_that_share_an_input_can_be_stacked():
     grams, weights, rng = draw(6)
     more = [rng.normal(size=(3, IN)) for _ in weights]
