@@ -14,6 +14,9 @@ _DEFAULTS = {
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
     # 20 seconds, Prefect's own default, is too short on a busy machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # In memory, Prefect's own default, what running nights hold would be forgotten by a server that is restarted: they
+    # would be ended, or, if they were killed meanwhile, keep every night after them waiting for ever.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     # The server gets every line of a flow's log; the terminal belongs to the progress bars.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }

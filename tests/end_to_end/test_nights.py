@@ -249,6 +249,7 @@ def team(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[T
             "PREFECT_HOME": str(place / "prefect"),
             "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(place / "prefect" / "storage"),
             "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "MLFLOW_TRACKING_URI": mlflow,
             "BMM_NOTIFY": f"json://127.0.0.1:{port}",
             "XDG_CACHE_HOME": str(place / "cache"),

@@ -107,6 +107,8 @@ def test_a_deployed_night_is_scheduled_and_run(pico: Path, tmp_path: Path) -> No
         run = at.wait_for(ended)
         assert run["state_name"] == "Promoted", run["state"]["message"]
         assert (pico / "merged" / "merge.json").is_file()
+        # What a night holds while it runs is not forgotten by a server that is restarted.
+        assert (tmp_path / "prefect" / "concurrency_leases" / "expirations.json").is_file()
         started = psutil.Process(at.process.pid).children(recursive=True)
         assert len(started) >= 2
         at.process.send_signal(signal.SIGINT)
