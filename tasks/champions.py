@@ -197,6 +197,10 @@ class Champions:
     def put(self, version: Version, output: Path) -> None:
         """Make a folder hold a version, as a whole or not at all.
 
+        Its files are copies even on the store's own disk, where a merge's output has links (`bmm.publication`): the
+        store checks what it reads, but nobody checks the registry's files before a roll back; and the last night's
+        candidate, which has links into the store, must not be able to change the champion.
+
         Raises:
             OutputError: the folder cannot be written, or is somebody else's.
         """
