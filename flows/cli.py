@@ -17,8 +17,8 @@ from bmm.errors import UserError
 from flows import nightly_cli, store_cli
 from flows.running import FreshOption, JsonOption, RecipeFile, ServerOption, StoreOption
 from flows.running import err as _err
-from flows.running import out as _out
 from flows.running import run as _run
+from flows.running import say as _say
 
 app = typer.Typer(
     name="bmm",
@@ -81,10 +81,10 @@ def init(
         return commands.init(folder, force=force)
 
     def show(found: dict[str, Any]) -> None:
-        _out.print(f"Wrote {escape(found['recipe'])} for {len(found['experts'])} experts.", soft_wrap=True)
+        _say(f"Wrote {escape(found['recipe'])} for {len(found['experts'])} experts.")
         for gap in found["to_complete"]:
-            _out.print(f"  to complete: {escape(gap)}", soft_wrap=True)
-        _out.print(f"Next: [bold]bmm plan {escape(found['recipe'])}[/bold]", soft_wrap=True)
+            _say(f"  to complete: {escape(gap)}")
+        _say(f"Next: [bold]bmm plan {escape(found['recipe'])}[/bold]")
 
     _run(work, as_json, show)
 
@@ -115,8 +115,7 @@ def plan(
     def show(found: dict[str, Any]) -> None:
         from flows.show import offline_summary, plan_table
 
-        for part in offline_summary(found) if offline else [plan_table(found)]:
-            _out.print(part, soft_wrap=isinstance(part, str))
+        _say(*offline_summary(found) if offline else [plan_table(found)])
 
     _run(work, as_json, show)
 
@@ -160,9 +159,9 @@ def grams(
     def show(found: dict[str, Any]) -> None:
         from flows.show import gram_table
 
-        _out.print(gram_table(found))
+        _say(gram_table(found))
         if found["output"]:
-            _out.print(f"published in {escape(found['output'])}", soft_wrap=True)
+            _say(f"published in {escape(found['output'])}")
 
     _run(work, as_json, show)
 
@@ -198,10 +197,10 @@ def evaluate(
     def show(found: dict[str, Any]) -> None:
         from flows.show import calibration_table, evaluation_table
 
-        _out.print(evaluation_table(found))
+        _say(evaluation_table(found))
         if "samples" in found:
-            _out.print(calibration_table(found))
-            _out.print(f"reliability diagram: {escape(found['samples']['figure'])}", soft_wrap=True)
+            _say(calibration_table(found))
+            _say(f"reliability diagram: {escape(found['samples']['figure'])}")
 
     _run(work, as_json, show)
 
@@ -221,7 +220,7 @@ def report(
 
         return commands.report(run, store)
 
-    _run(work, as_json, lambda found: _out.print(f"report: {escape(found['report'])}", soft_wrap=True))
+    _run(work, as_json, lambda found: _say(f"report: {escape(found['report'])}"))
 
 
 @app.command()
@@ -252,9 +251,9 @@ def track(
         return commands.track(store, any_tracker=any_tracker)
 
     def show(found: dict[str, Any]) -> None:
-        _out.print(f"{len(found['sent'])} records sent to {escape(found['tracker'])}", soft_wrap=True)
+        _say(f"{len(found['sent'])} records sent to {escape(found['tracker'])}")
         for one in found["waiting"]:
-            _out.print(f"  waiting for {escape(one['tracker'])}: the merge {one['run'][:12]}", soft_wrap=True)
+            _say(f"  waiting for {escape(one['tracker'])}: the merge {one['run'][:12]}")
         if found["error"]:
             _err.print(f"[red]bmm:[/red] {escape(found['error'])}", soft_wrap=True, highlight=False)
 
@@ -265,8 +264,7 @@ def _show_merge(found: dict[str, Any]) -> None:
     from flows.show import merge_summary
 
     document = json.loads((Path(found["output"]) / "merge.json").read_text(encoding="utf-8"))
-    for part in merge_summary(found, document):
-        _out.print(part, soft_wrap=isinstance(part, str))
+    _say(*merge_summary(found, document))
 
 
 def main() -> None:

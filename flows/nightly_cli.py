@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 
 from flows.running import FreshOption, JsonOption, RecipeFile, ServerOption, StoreOption
-from flows.running import out as _out
 from flows.running import run as _run
+from flows.running import say as _say
 
 WhoOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="who does it, for the record (default: the login name)")
@@ -40,8 +40,7 @@ def nightly(
     def show(found: dict[str, Any]) -> None:
         from flows.show import night_summary
 
-        for part in night_summary(found):
-            _out.print(part, soft_wrap=isinstance(part, str))
+        _say(*night_summary(found))
 
     _run(work, as_json, show)
 
@@ -61,18 +60,19 @@ def deploy(
     """Have Prefect merge the recipe's experts every night, as `nightly.schedule` says."""
 
     def show(found: dict[str, Any]) -> None:
+        from flows.show import left_out_lines
+
         at = found["schedule"]
-        _out.print(f"[bold]deployed[/bold] {escape(', '.join(found['deployments']))}", soft_wrap=True)
-        _out.print(f"  at {escape(found['server'])}, nights at '{at['cron']}' {at['timezone']}", soft_wrap=True)
-        for name, why in found["left_out"].items():
-            _out.print(f"[yellow]left out[/yellow]  {escape(name)}: {escape(why)}", soft_wrap=True)
+        _say(f"[bold]deployed[/bold] {escape(', '.join(found['deployments']))}")
+        _say(f"  at {escape(found['server'])}, nights at '{at['cron']}' {at['timezone']}")
+        _say(*left_out_lines(found))
         if not serve:
-            _out.print(f"Next, where the work is to be done: [bold]prefect worker start --pool {pool}[/bold]")
+            _say(f"Next, where the work is to be done: [bold]prefect worker start --pool {pool}[/bold]")
 
     def ready(found: dict[str, Any]) -> None:
         show(found)
         page = str(found["server"]).removesuffix("/api")
-        _out.print(f"Working at {page} until Ctrl-C.", soft_wrap=True)
+        _say(f"Working at {page} until Ctrl-C.")
 
     def work() -> dict[str, Any]:
         from flows import nightly_commands as commands
@@ -121,5 +121,5 @@ def rollback(
 
 def _show_standing(found: dict[str, Any]) -> None:
     at = ", ".join(f"{name}: {found[name] or 'none'}" for name in ("champion", "previous", "challenger"))
-    _out.print(f"{escape(found['model'])} at {escape(found['registry'])}: {at}", soft_wrap=True)
-    _out.print(f"[bold]champion[/bold] in {escape(found['output'])}", soft_wrap=True)
+    _say(f"{escape(found['model'])} at {escape(found['registry'])}: {at}")
+    _say(f"[bold]champion[/bold] in {escape(found['output'])}")

@@ -38,8 +38,14 @@ ServerOption = Annotated[
     bool, typer.Option("--server/--no-server", help="run as a Prefect flow, or in this process without Prefect")
 ]
 
-out = Console()
+_out = Console()
 err = Console(stderr=True)
+
+
+def say(*parts: Any) -> None:
+    """Print results for people: tables, and lines, which are never broken to fit the terminal."""
+    for part in parts:
+        _out.print(part, soft_wrap=isinstance(part, str))
 
 
 def run(

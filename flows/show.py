@@ -39,11 +39,16 @@ def merge_summary(found: Mapping[str, Any], document: Mapping[str, Any]) -> list
     return lines
 
 
+def left_out_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each expert that a night does without."""
+    return [f"[yellow]left out[/yellow]  {escape(name)}: {escape(why)}" for name, why in found["left_out"].items()]
+
+
 def night_summary(found: Mapping[str, Any]) -> list[RenderableType]:
     """Return what a person sees at the end of a night: how it ended, the gate's table, then where things are."""
     lines: list[RenderableType] = [f"[bold]{found['outcome']}[/bold]  {escape(headline(found))}"]
     lines += [f"  {escape(reason)}" for reason in found["reasons"]]
-    lines += [f"[yellow]left out[/yellow]  {escape(name)}: {escape(why)}" for name, why in found["left_out"].items()]
+    lines += left_out_lines(found)
     if "gate" in found:
         table = _table("scores on the test rows, in per cent")
         for name in ("task", "rows", "champion", "new", "difference", "interval", "floor", ""):

@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 
 from flows.running import JsonOption, StoreOption
-from flows.running import out as _out
 from flows.running import run as _run
+from flows.running import say as _say
 
 app = typer.Typer(help="Look after the artefact store, where finished work is kept.", no_args_is_help=True)
 
@@ -26,7 +26,7 @@ def store_ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     def show(found: dict[str, Any]) -> None:
         from flows.show import store_table
 
-        _out.print(store_table(found))
+        _say(store_table(found))
 
     _run(work, as_json, show)
 
@@ -49,9 +49,9 @@ def store_verify(
     def show(found: dict[str, Any]) -> None:
         for entry in found["damaged"]:
             what = f"{'removed; ' if entry['removed'] else ''}the stage {entry['made_by']} makes it again"
-            _out.print(f"[red]damaged[/red] {escape(entry['reason'])} ({what})", soft_wrap=True)
+            _say(f"[red]damaged[/red] {escape(entry['reason'])} ({what})")
         removed = sum(entry["removed"] for entry in found["damaged"])
-        _out.print(f"{found['checked']} artefacts checked, {len(found['damaged'])} damaged, {removed} removed.")
+        _say(f"{found['checked']} artefacts checked, {len(found['damaged'])} damaged, {removed} removed.")
 
     _run(work, as_json, show, failed=lambda found: bool(found["damaged"]))
 
@@ -96,7 +96,6 @@ def store_prune(
     def show(found: dict[str, Any]) -> None:
         from flows.show import pruned_summary
 
-        for part in pruned_summary(found, dry_run=dry_run):
-            _out.print(part, soft_wrap=isinstance(part, str))
+        _say(*pruned_summary(found, dry_run=dry_run))
 
     _run(work, as_json, show)
