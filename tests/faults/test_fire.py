@@ -24,7 +24,7 @@ from tests.faults.forge import Forge
 pytestmark = pytest.mark.slow
 
 KILLS, SCHEDULERS, SHARDS = 30, 2, 144
-AWAY_SECONDS = 3.0
+AWAY_SECONDS = 20.0
 _PATIENCE = 120.0
 
 
