@@ -68,11 +68,13 @@ def estimate_stages(
             search_memory = max(_solving(outline, experts if walk_workers else 1), PROCESS_BYTES + 4 * model)
     else:
         search_memory = _solving(outline, experts if walk_workers else 1)
-    compared = len(recipe.evaluation.compare)
+    # Without test rows nothing is measured, so nothing is merged to be compared either.
+    measured = any("test" in expert.splits() for expert in recipe.experts)
+    compared = len(recipe.evaluation.compare) * measured
     # Gradients are summed in float64, beside the model and one row's own.
     fishers, fisher_memory = experts * model, 4 * model
     anchored = fishers if recipe.anchor.method == "fisher" else 0
-    if "fisher" in recipe.evaluation.compare and not anchored:
+    if compared and "fisher" in recipe.evaluation.compare and not anchored:
         compared += experts
     # Workers elsewhere have memory of their own.
     local = int(recipe.cluster.local)
@@ -105,7 +107,8 @@ def estimate_stages(
                 "evaluate",
                 False,
                 model * compared,
-                PROCESS_BYTES + max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
+                PROCESS_BYTES
+                + measured * max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
             ),
             StagePlan("publish", False, outline.stored_bytes, PROCESS_BYTES),
         )

@@ -78,6 +78,16 @@ def test_the_walk_keeps_a_layer_of_every_row_where_the_expert_is(pico: Path, wor
     assert many.worker_bytes - few.worker_bytes == (grown * tasks if workers > 1 else 0)
 
 
+def test_without_test_rows_nothing_is_merged_to_be_compared(pico: Path) -> None:
+    experts = calibrated(pico, 8)
+    assert stages(pico, experts=experts)["evaluate"].disk_bytes == 6 * MODEL
+    for expert in experts:
+        del expert["task"]["test"]
+    found = stages(pico, experts=experts)["evaluate"]
+    assert found.disk_bytes == 0
+    assert found.memory_bytes < stages(pico)["evaluate"].memory_bytes
+
+
 def test_shards_and_workers_follow_the_rows(pico: Path) -> None:
     found = stages(pico, experts=calibrated(pico, 24), grams={"shard_rows": 12}, cluster={"workers": 3})["grams"]
     assert "6 shards, 3 workers" in found.note
