@@ -53,7 +53,7 @@ def measure(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     """Merge by both modes where quick, else by the walk alone: Gram matrices of 22 layers take 50 GB of disk."""
     shape, rows, tokens = (Shape(num_hidden_layers=2), 4, 32) if quick else (Shape(), 8, 128)
     prepare(folder, shape, rows, tokens)
-    found = {mode: run(folder, mode, tokens, MEMORY) for mode in (("module-wise",) if quick else ()) + ("propagated",)}
+    found = {mode: run(folder, mode, rows, tokens, MEMORY) for mode in (("module-wise",) if quick else ()) + ("propagated",)}
     return {
         "streamed_peak_rss_bytes": max(streamed.peak for streamed in found.values()),
         "shape": vars(shape),
@@ -72,7 +72,7 @@ def prepare(folder: Path, shape: Shape, rows: int, tokens: int) -> None:
         (folder / f"rows{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def recipe(folder: Path, mode: str, tokens: int, memory: str, workers: int = 1) -> Path:
+def recipe(folder: Path, mode: str, rows: int, tokens: int, memory: str, workers: int = 1) -> Path:
     """Write the recipe of a merge without a search, and return its path."""
     calibration = {"path": "json", "split": "train"}
     experts = [
@@ -83,7 +83,7 @@ def recipe(folder: Path, mode: str, tokens: int, memory: str, workers: int = 1) 
                 "kind": "causal-lm",
                 "text": "text",
                 "max_length": tokens,
-                "calibration": {**calibration, "data_files": f"rows{number}.jsonl"},
+                "calibration": {**calibration, "data_files": f"rows{number}.jsonl", "rows": rows},
             },
         }
         for number in range(EXPERTS)
@@ -105,11 +105,11 @@ def recipe(folder: Path, mode: str, tokens: int, memory: str, workers: int = 1) 
     return path
 
 
-def run(folder: Path, mode: str, tokens: int, memory: str) -> Streamed:
+def run(folder: Path, mode: str, rows: int, tokens: int, memory: str) -> Streamed:
     """Merge once from an empty store, and return what it took; the store and the output are removed afterwards."""
     store = folder / f"store-{mode}"
     shutil.rmtree(store, ignore_errors=True)
-    path = recipe(folder, mode, tokens, memory)
+    path = recipe(folder, mode, rows, tokens, memory)
     bmm = [sys.executable, "-c", "from flows.cli import main; main()"]
     said = subprocess.run([*bmm, "plan", str(path), "--store", str(store), "--json"], capture_output=True, check=True)
     planned = {stage["stage"]: stage for stage in json.loads(said.stdout)["stages"]}
