@@ -53,7 +53,9 @@ def measure(folder: Path, *, quick: bool = False) -> dict[str, Any]:
     """Merge by both modes where quick, else by the walk alone: Gram matrices of 22 layers take 50 GB of disk."""
     shape, rows, tokens = (Shape(num_hidden_layers=2), 4, 32) if quick else (Shape(), 8, 128)
     prepare(folder, shape, rows, tokens)
-    found = {mode: run(folder, mode, rows, tokens, MEMORY) for mode in (("module-wise",) if quick else ()) + ("propagated",)}
+    found = {
+        mode: run(folder, mode, rows, tokens, MEMORY) for mode in (("module-wise",) if quick else ()) + ("propagated",)
+    }
     return {
         "streamed_peak_rss_bytes": max(streamed.peak for streamed in found.values()),
         "shape": vars(shape),

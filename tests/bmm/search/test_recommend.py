@@ -79,37 +79,40 @@ def test_the_same_trials_give_the_same_choice() -> None:
     assert recommended(SPACE, trials, plan()) == recommended(SPACE, trials, plan())
 
 
-def test_a_plain_setting_is_kept_unless_another_is_better_by_more_than_the_noise() -> None:
-    trials = study(7, 0.001)
-    line = SPACE.global_line(4)[1]
-    for gap, plain in ((0.01, True), (0.2, False)):
-        best = max(trial.objective for trial in trials if trial.objective is not None)
-        own = replace(trials[1], origin="global", point=SPACE.encode(line), settings=line, objective=best - gap)
-        anchor = replace(trials[0], objective=best - 0.3)
-        chosen = recommended(SPACE, [anchor, own, *trials[2:]], plan())
+def with_walks(trials: list[Trial], lam: float, gap: float) -> list[Trial]:
+    """Give the second trial the setting of a walk, so much below the best, and let the anchor be far below."""
+    settings = SPACE.plain(lam)
+    assert settings is not None
+    best = max(trial.objective for trial in trials if trial.objective is not None)
+    own = replace(trials[1], origin="global", point=SPACE.encode(settings), settings=settings, objective=best - gap)
+    return [replace(trials[0], objective=best - 0.3), own, *trials[2:]]
+
+
+def test_a_walks_own_setting_is_kept_unless_another_is_better_by_more_than_the_noise() -> None:
+    for gap, kept in ((0.01, True), (0.2, False)):
+        trials = with_walks(study(7, 0.001), 0.1, gap)
+        chosen = recommended(SPACE, trials, plan(reference=0.1))
         assert chosen is not None
-        assert (chosen.origin == "global") == plain
+        assert (chosen == trials[1]) == kept
+        # To no other search is that setting anything special.
+        assert recommended(SPACE, trials, plan()) != trials[1]
 
 
 def test_the_error_is_that_of_the_difference_where_trials_share_their_rows() -> None:
     """A gap of half the rows' standard error, which nearly all rows agree on, is a difference."""
-    trials = study(7, 0.001)
-    line = SPACE.global_line(4)[1]
-    best = max(trial.objective for trial in trials if trial.objective is not None)
-    own = replace(trials[1], origin="global", point=SPACE.encode(line), settings=line, objective=best - 0.01)
-    trials = [replace(trials[0], objective=best - 0.3), own, *trials[2:]]
+    trials = with_walks(study(7, 0.001), 0.1, 0.01)
     draw = np.random.default_rng(0)
     hard = draw.normal(0, 0.4, 400)
     with_rows = [
         replace(trial, gains={"a": (trial.objective or 0.0) + hard + draw.normal(0, 0.01, 400)}) for trial in trials
     ]
-    apart = [recommended(SPACE, found, plan()) for found in (trials, with_rows)]
-    assert apart[0] == own
+    apart = [recommended(SPACE, found, plan(reference=0.1)) for found in (trials, with_rows)]
+    assert apart[0] == trials[1]
     assert apart[1] is not None
     assert apart[1].origin == "sobol"
 
 
-def test_of_plain_settings_that_of_the_walk_is_preferred() -> None:
+def test_the_setting_of_the_walk_and_no_other_is_preferred() -> None:
     trials = study(3, 0.0)
     for index, lam in ((1, 0.1), (2, 0.4)):
         settings = SPACE.plain(lam)
