@@ -25,7 +25,8 @@ from bmm.store import Store
 Found = dict[str, Any]
 _PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 _FILE = Path(__file__).resolve().parents[1] / "deployments" / "prefect.yaml"
-_START_SECONDS = 180.0
+# The first start makes the database, which takes minutes on a busy machine.
+_START_SECONDS = 600.0
 _STOP_SECONDS = 20.0
 
 
@@ -122,7 +123,10 @@ def served(store: Store, pool: str) -> Iterator[Callable[[], None]]:
 
     try:
         if api_url() is None:
-            _use_local_server(lambda port: start("server", "server", "start", "--host", "127.0.0.1", "--port", port))
+            _use_local_server(
+                lambda port: start("server", "server", "start", "--host", "127.0.0.1", "--port", port),
+                logs / "server.log",
+            )
         yield work
     finally:
         for process in reversed(started):
@@ -134,7 +138,7 @@ def served(store: Store, pool: str) -> Iterator[Callable[[], None]]:
                 process.wait()
 
 
-def _use_local_server(start: Callable[[str], subprocess.Popen[bytes]]) -> None:
+def _use_local_server(start: Callable[[str], subprocess.Popen[bytes]], log: Path) -> None:
     """Find or start a server on loopback, and make it the one that is configured for this process and its children."""
     from prefect.settings import get_current_settings
 
@@ -146,7 +150,10 @@ def _use_local_server(start: Callable[[str], subprocess.Popen[bytes]]) -> None:
             deadline = time.monotonic() + _START_SECONDS
             while not _answers(url):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise BMMError(f"the Prefect server does not start at {url}; is the port taken?")
+                    raise BMMError(
+                        f"the Prefect server does not start at {url}; see {log}, or have it take another port with "
+                        "PREFECT_SERVER_API_PORT"
+                    )
                 time.sleep(0.3)
             bar.advance()
     os.environ["PREFECT_API_URL"] = url
