@@ -6,7 +6,7 @@ The regression itself is `bmm.regression.posterior`; where the rows come from is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,13 +38,18 @@ class Moments:
         """Return the Gram's eigendecomposition."""
         return decompose(self.gram, where=where)
 
+    def of_rows(self, module: str, rows: slice) -> Moments:
+        """Return what the regression of some of one map's outputs needs: views, no copies."""
+        return Moments(self.gram, {module: self.cross[module][rows]}, {module: self.power[module][rows]}, self.rows)
+
     def posterior(self, spectrum: Spectrum, module: str, anchor: Tensor) -> Posterior:
         """Return one map's posterior around the anchor `[W_a b_a]`, of the cross moment's shape."""
         return factor(spectrum, anchor.to(torch.float64), self.pull(module, anchor))
 
     def pull(self, module: str, anchor: Tensor) -> Tensor:
         """Return what draws one map away from the anchor: `Σ_t (Y_t − X̃_t [W_a b_a]ᵀ)ᵀ X̃_t / rows_t`, float64."""
-        return self.cross[module] - anchor.to(torch.float64) @ self.gram
+        product = anchor.to(torch.float64) @ self.gram
+        return torch.sub(self.cross[module], product, out=product)
 
     def error(self, module: str, solution: Tensor) -> float:
         """Return `Σ_t ‖X̃_t [W b]ᵀ − Y_t‖² / rows_t` of one map's solution, of the cross moment's shape."""
@@ -57,25 +62,31 @@ class Moments:
         return named | {f"power:{module}": value for module, value in self.power.items()}
 
 
-def total(parts: Sequence[Moments], weights: Sequence[float] | None = None) -> Moments:
-    """Return the sum of moments, in the order given, each times its weight (1)."""
-    weights = weights or [1.0] * len(parts)
-    scaled = [part if weight == 1 else _times(part, weight) for part, weight in zip(parts, weights, strict=True)]
-    gram = scaled[0].gram.clone()
-    cross = {name: value.clone() for name, value in scaled[0].cross.items()}
-    power = {name: value.clone() for name, value in scaled[0].power.items()}
-    for part in scaled[1:]:
-        gram += part.gram
-        for name in cross:
-            cross[name] += part.cross[name]
-            power[name] += part.power[name]
-    return Moments(gram, cross, power, tuple(count for part in scaled for count in part.rows))
+def total(parts: list[Moments], weights: Sequence[float] | None = None) -> Moments:
+    """Return the sum of moments, in the order given, each times its weight (1).
+
+    The parts are used up, and the list is empty afterwards: those of an output head are as large as its weights are.
+    """
+    rows = tuple(count for part in parts for count in part.rows)
+    kept = list(weights or [1.0] * len(parts))
+    if len(kept) != len(parts):
+        raise BMMError(f"{len(parts)} sums of moments were given with {len(kept)} weights")
+    found = parts.pop(0)
+    _scale(found, kept.pop(0))
+    while parts:
+        part = parts.pop(0)
+        _scale(part, kept.pop(0))
+        found.gram.add_(part.gram)
+        for name, value in found.cross.items():
+            value.add_(part.cross[name])
+            found.power[name].add_(part.power[name])
+    return replace(found, rows=rows)
 
 
-def _times(part: Moments, weight: float) -> Moments:
-    cross = {name: value * weight for name, value in part.cross.items()}
-    power = {name: value * weight for name, value in part.power.items()}
-    return Moments(part.gram * weight, cross, power, part.rows)
+def _scale(part: Moments, weight: float) -> None:
+    if weight != 1:
+        for value in (part.gram, *part.cross.values(), *part.power.values()):
+            value.mul_(weight)
 
 
 MINIMUM_ROUTED_ROWS = 16
@@ -111,7 +122,7 @@ class TaskSums:
         self._gram.add(rows)
         for name, target in targets.items():
             target = target.to(torch.float32)
-            self._cross[name] += (target.T @ rows).to(torch.float64)
+            self._cross[name] += target.T @ rows
             self._power[name] += target.square().sum(0, dtype=torch.float64)
         self._rows += len(rows)
 
@@ -124,7 +135,7 @@ class TaskSums:
         self._rows += other._rows
 
     def moments(self) -> Moments:
-        """Return the sums over the number of rows.
+        """Return the sums over the number of rows; they are used up.
 
         Raises:
             BMMError: an input or a target was not finite.
@@ -133,10 +144,6 @@ class TaskSums:
         sums = [gram, *self._cross.values(), *self._power.values()]
         if not all(bool(torch.isfinite(value).all()) for value in sums):
             raise BMMError(f"the inputs or answers of {self._members[0].module} are not finite on the calibration rows")
-        scale = 1.0 / max(self._rows, 1)
-        return Moments(
-            gram * scale,
-            {name: value * scale for name, value in self._cross.items()},
-            {name: value * scale for name, value in self._power.items()},
-            (self._rows,),
-        )
+        for value in sums:
+            value.mul_(1.0 / max(self._rows, 1))
+        return Moments(gram, self._cross, self._power, (self._rows,))

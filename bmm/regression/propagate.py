@@ -105,16 +105,21 @@ class Walk:
             self._ask_experts(place)
             self._asked = unit
         members = place.groups[group]
-        found = []
+        found: list[tuple[Moments, ...]] = []
         for task, steps in enumerate(self._tasks):
-            everything, fit, held_out = (TaskSums(members) for _ in range(3))
-            last = len(steps) - (0 if self._held_out is None else self._held_out[task])
+            fit = TaskSums(members)
+            if self._held_out is None:
+                for step in steps:
+                    fit.add(*self._rows(place, members, step))
+                found.append((fit.moments(),))
+                continue
+            everything, held_out = TaskSums(members), TaskSums(members)
+            last = len(steps) - self._held_out[task]
             for index, step in enumerate(steps):
                 (fit if index < last else held_out).add(*self._rows(place, members, step))
-            apart = () if self._held_out is None else (fit.moments(), held_out.moments())
             everything.include(fit)
             everything.include(held_out)
-            found.append((everything.moments(), *apart))
+            found.append((everything.moments(), fit.moments(), held_out.moments()))
         return found
 
     def apply(self, module: str, solution: Tensor) -> None:

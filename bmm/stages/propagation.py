@@ -43,6 +43,8 @@ from bmm.store import Artefact, Draft, Reference, artefact_key
 
 WALK_VERSION = 7
 _MOMENTS = "moments.safetensors"
+_OUTPUTS = 8192
+"""Of a map, solved at a time; more than any layer's, so that only output heads are taken apart."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,7 @@ class _Walker:
                 anchor = map_.matrix(self._prior)
                 lam = asked[map_.module] if not folds else _chosen(folds, map_, anchor)
                 lambdas[map_.module] = None if math.isinf(lam) else lam
-                mean, condition = _solution(solver, everything, map_.module, anchor, lam)
-                found[map_.module] = mean.to(torch.float32).contiguous()
+                found[map_.module], condition = _solution(solver, everything, map_.module, anchor, lam)
                 conditions[map_.module] = condition if math.isfinite(condition) else None
                 if solver is not None and solver.trace == 0:
                     anchored.append(map_.module)
@@ -334,13 +335,22 @@ class _Walker:
 def _solution(
     solver: Ridge | Spectrum | None, moments: Moments, module: str, anchor: torch.Tensor, lam: float
 ) -> tuple[torch.Tensor, float]:
-    """Return one map's posterior mean, float64, and the condition number of what was inverted for it."""
+    """Return one map's posterior mean, float32, and the condition number of what was inverted for it.
+
+    Each output is solved on its own, so those of an output head are solved some at a time.
+    """
     if solver is None or math.isinf(lam):
-        return anchor, 1.0
-    if isinstance(solver, Ridge):
-        return solver.mean(anchor, moments.pull(module, anchor)), solver.condition
-    posterior = moments.posterior(solver, module, anchor)
-    return posterior.mean(lam), posterior.condition(lam)
+        return anchor.to(torch.float32).contiguous(), 1.0
+    found = torch.empty(anchor.shape, dtype=torch.float32)
+    for start in range(0, len(anchor), _OUTPUTS):
+        rows = slice(start, start + _OUTPUTS)
+        own, part = anchor[rows], moments.of_rows(module, rows)
+        if isinstance(solver, Ridge):
+            found[rows], condition = solver.mean(own, part.pull(module, own)), solver.condition
+        else:
+            posterior = part.posterior(solver, module, own)
+            found[rows], condition = posterior.mean(lam), posterior.condition(lam)
+    return found, condition
 
 
 def _chosen(folds: Sequence[Moments], map_: LinearMap, anchor: torch.Tensor) -> float:

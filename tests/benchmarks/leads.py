@@ -12,6 +12,7 @@ What does not help is not in `bmm`; the numbers stand in the README. Recipes and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -110,7 +111,8 @@ class LeadWalk(Walk):
     def _solutions(
         self, parts: Sequence[Moments], weights: Sequence[float] | None, members: Sequence[LinearMap], strength: float
     ) -> dict[LinearMap, Tensor]:
-        moments = trusted(total(parts, weights), members)
+        # A sum uses up its parts, and these are asked for twice.
+        moments = trusted(total(deepcopy(list(parts)), weights), members)
         spectrum = moments.spectrum(members[0].module)
         return {
             map_: moments.posterior(spectrum, map_.module, map_.matrix(self._prior)).mean(strength) for map_ in members

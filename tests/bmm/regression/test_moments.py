@@ -51,3 +51,28 @@ def test_an_answer_that_is_not_finite_is_named() -> None:
     targets[2, 1] = torch.nan
     with pytest.raises(BMMError, match="the inputs or answers of m are not finite"):
         sums([(inputs, targets)]).moments()
+
+
+def test_a_sum_uses_up_its_parts_and_weighs_them() -> None:
+    one, other = (sums([data(seed, 9)]).moments() for seed in (0, 1))
+    wanted = one.gram + 3 * other.gram
+    cross = one.cross["m"] + 3 * other.cross["m"]
+    parts = [one, other]
+    found = total(parts, [1.0, 3.0])
+    assert parts == []
+    assert torch.equal(found.gram, wanted)
+    assert torch.equal(found.cross["m"], cross)
+    assert found.rows == (9, 9)
+    with pytest.raises(BMMError, match="1 sums of moments were given with 2 weights"):
+        total([found], [1.0, 2.0])
+
+
+def test_outputs_may_be_solved_some_at_a_time() -> None:
+    moments = sums([data(3, 40)]).moments()
+    anchor = torch.randn(2, 4, dtype=torch.float64)
+    spectrum = moments.spectrum("m")
+    whole = moments.posterior(spectrum, "m", anchor).mean(0.1)
+    for row in range(2):
+        part = moments.of_rows("m", slice(row, row + 1))
+        own = part.posterior(spectrum, "m", anchor[row : row + 1]).mean(0.1)
+        torch.testing.assert_close(own, whole[row : row + 1])
