@@ -55,7 +55,8 @@ def estimate_stages(
     factors = gram + solved
     model = outline.weights * _FLOAT32
     grams = _grams(recipe, outline, tokens)
-    walk_workers, walk_each = _walk(recipe, outline, tokens)
+    walk_workers, walk_each, walk_moments = _walk(recipe, outline, tokens)
+    solving = _solving_walk(outline, experts) if walk_workers else _solving(outline)
     # The moments of every layer go to the store.
     walk_disk = factors if walk_workers else 0
     trial_workers = trial_each = 0
@@ -65,9 +66,9 @@ def estimate_stages(
         if recipe.search.parallel > 1:
             # Each worker that measures has all of it; here the experts' own answers are run.
             trial_workers, trial_each = min(recipe.search.parallel, recipe.cluster.workers), search_memory
-            search_memory = max(_solving(outline, experts if walk_workers else 1), PROCESS_BYTES + 4 * model)
+            search_memory = max(solving, PROCESS_BYTES + 4 * model)
     else:
-        search_memory = _solving(outline, experts if walk_workers else 1)
+        search_memory = solving
     # Without test rows nothing is measured, so nothing is merged to be compared either.
     measured = any("test" in expert.splits() for expert in recipe.experts)
     compared = len(recipe.evaluation.compare) * measured
@@ -98,7 +99,10 @@ def estimate_stages(
                 outline.stored_bytes + walk_disk,
                 # A single share is walked in the process that solves; others stand beside it.
                 search_memory
-                + max(walk_here - (PROCESS_BYTES if walk_workers == 1 else 0), trial_workers * trial_each * local),
+                + max(
+                    walk_here - (PROCESS_BYTES + walk_moments if walk_workers == 1 else 0),
+                    trial_workers * trial_each * local,
+                ),
                 walk_note + (f"; trials, {_workers(trial_workers, trial_each)}" if trial_workers else ""),
                 # A single share is walked in the merge's own process.
                 max(walk_each if walk_workers > 1 else 0, trial_each),
@@ -154,14 +158,15 @@ def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan
     return StagePlan("grams", False, gram * (copies + shards), here, note, each)
 
 
-def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int]:
-    """Return how many workers walk through the network, none without a walk, and what the largest share needs.
+def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int, int]:
+    """Return how many workers walk through the network (none without a walk), what the largest share needs, its sums.
 
     A worker holds what stands outside of the layers, and one layer, of the merged model and of an expert, the hidden
-    states and answers of its own tasks' rows, and one group's moments: of each task, and twice while they are summed.
+    states and answers of its own tasks' rows, and one group's moments of each task, and half of that again while
+    products are added to them; and its experts' files, of which what stands outside of the layers stays mapped.
     """
     if recipe.regression.mode != "propagated":
-        return 0, 0
+        return 0, 0, 0
     sample = sample_in(vars(recipe.grams)).get("tokens", max(tokens, default=0))
     states = [
         _calibration_rows(expert) * outline.walk_floats(most, min(most, sample))
@@ -172,8 +177,9 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int,
     largest = max(sum(states[low:high]) for low, high in pairwise(bounds))
     weights = 2 * (outline.outside + outline.largest_layer)
     tasks = max(high - low for low, high in pairwise(bounds))
-    moments = (tasks + 2) * _moments(outline)
-    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + moments
+    moments = tasks * _moments(outline) + _moments(outline) // 2
+    mapped = tasks * outline.outside * outline.stored_bytes // max(outline.weights, 1)
+    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + mapped + moments, moments
 
 
 def _moments(outline: Outline) -> int:
@@ -182,14 +188,25 @@ def _moments(outline: Outline) -> int:
     return features * (features + outputs) * _FLOAT64
 
 
-def _solving(outline: Outline, parts: int) -> int:
-    """Return what solving one group after the other takes, of moments or Gram matrices in so many parts.
+def _solving(outline: Outline) -> int:
+    """Return what solving one group after the other takes, from Gram matrices.
 
-    Beside the parts and their sum the factorisation holds four such matrices, the maps five of their own.
+    Beside a part and the sum the factorisation holds four such matrices, the maps five of their own.
     """
     features, outputs = outline.largest_group
     factored = 4 * features**2 + 5 * features * outputs
-    return PROCESS_BYTES + (parts + 1) * _moments(outline) + factored * _FLOAT64 + outline.widest * _FLOAT32
+    return PROCESS_BYTES + 2 * _moments(outline) + factored * _FLOAT64 + outline.widest * _FLOAT32
+
+
+def _solving_walk(outline: Outline, parts: int) -> int:
+    """Return what summing and solving one group after the other takes, from moments in so many parts.
+
+    The sum uses its parts up; the factorisation holds four matrices beside it, the maps two of their own.
+    """
+    features, outputs = outline.largest_group
+    factored = 4 * features**2 + 2 * features * outputs
+    sums = max(parts * _moments(outline), _moments(outline) + factored * _FLOAT64)
+    return PROCESS_BYTES + sums + outline.widest * _FLOAT32
 
 
 def _workers(count: int, each: int) -> str:
