@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from bmm.report.night import cells, headline
+from bmm.report.night import WORDS, gate_cells, headline
 from bmm.report.table import console_table
 from bmm.sizes import readable_bytes
 
@@ -51,10 +51,11 @@ def night_summary(found: Mapping[str, Any]) -> list[RenderableType]:
     lines += left_out_lines(found)
     if "gate" in found:
         table = _table("scores on the test rows, in per cent")
-        for name in ("task", "rows", "champion", "new", "difference", "interval", "floor", ""):
-            table.add_column(name, justify="left" if name in ("task", "") else "right")
-        for row in found["gate"]["rows"]:
-            table.add_row(*map(escape, cells(row)))
+        columns, rows = gate_cells(found["gate"])
+        for name in columns:
+            table.add_column(name, justify="left" if name in WORDS else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
         lines += ["", table]
     lines.append(f"[bold]champion[/bold]  {escape(found['output'])}")
     if found.get("report"):

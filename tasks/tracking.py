@@ -25,6 +25,7 @@ from bmm.pipeline import Merge
 from bmm.progress import progress
 from bmm.publication import told
 from bmm.report.figures import figures, png
+from bmm.report.findings import opening
 from bmm.runs import Run
 from bmm.store import Artefact, Store
 from tasks import unsent
@@ -174,6 +175,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
 
 def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artefact, tags: Mapping[str, str]) -> str:
     from mlflow.entities import Metric, Param, RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
     now = int(time.time() * 1000)
     trials = document["search"]["trials"]
@@ -181,7 +183,7 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
     parent = client.create_run(
         experiment,
         run_name=Path(document["recipe"]["output"]).name or "merge",
-        tags={**tags, "bmm.base": document["base"]["digest"], **lineage},
+        tags={**tags, "bmm.base": document["base"]["digest"], MLFLOW_RUN_NOTE: opening(document), **lineage},
     ).info.run_id
     metrics = [Metric(name, value, now, 0) for name, value in _metrics(document).items()]
     metrics += [

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 Found = Mapping[str, Any]
+_COLUMNS = ("task", "rows", "champion", "new", "difference", "interval", "floor", "")
+WORDS = ("task", "")
+"""Columns of words; those of numbers stand to the right."""
 
 
 def headline(found: Found) -> str:
@@ -43,15 +46,19 @@ def night_markdown(found: Found) -> str:
 
 def gate_table(gate: Mapping[str, Any]) -> str:
     """Return the gate's table, scores in per cent."""
-    lines = [
-        "| task | rows | champion | new | difference | interval | floor | |",
-        "|---|---:|---:|---:|---:|---|---:|---|",
-    ]
-    lines += [f"| {' | '.join(cells(row))} |" for row in gate["rows"]]
-    return "\n".join(lines)
+    columns, rows = gate_cells(gate)
+    lines = [columns, ["---" if column in WORDS else "---:" for column in columns], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def gate_cells(gate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the gate's columns and the cells of its rows, without columns that say nothing, as of a first champion."""
+    rows = [_cells(row) for row in gate["rows"]]
+    said = [place for place in range(len(_COLUMNS)) if any(row[place] for row in rows)]
+    return [_COLUMNS[place] for place in said], [[row[place] for place in said] for row in rows]
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the cells of one row of the gate's table."""
     interval = "" if row["low"] is None else f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
     return (

@@ -78,6 +78,8 @@ def test_lineage_stands_in_the_tags(client: Any, merged: tuple[Store, Merge]) ->
         expert["name"]: expert["digest"] for expert in document["experts"]
     }
     assert tags["bmm.recipe_digest"] == document["recipe_digest"]
+    # What stands on the run's page as its description.
+    assert tags["mlflow.note.content"].startswith("Three experts became one model")
     assert tags["bmm.model_digest"] == merged[1].results["publish"].reference("model").digest
 
 
