@@ -202,7 +202,16 @@ class _Run(Generic[Answer]):
 
     def _sort(self, landed: Sequence[Future]) -> None:
         finished = [future for future in landed if future.status == "finished"]
-        values = self._cluster.client.gather(finished) if finished else []
+        try:
+            values = self._cluster.client.gather(finished) if finished else []
+        except (OSError, CancelledError, RuntimeError):
+            raise
+        except Exception:
+            # An answer went with its worker, and the request, asked again by Dask, has failed: the future says so now.
+            if all(future.status == "finished" for future in finished):
+                raise
+            self._sort(landed)
+            return
         for future, value in zip(finished, values, strict=True):
             self._take(self._flying.pop(future), value)
         for future in landed:

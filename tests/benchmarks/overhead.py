@@ -110,7 +110,9 @@ def _prepare(seconds: float) -> None:
     """Let this worker sleep where it would run an expert."""
     import bmm.grams.shards
 
-    def slept(_: Any, batches: Iterable[Mapping[str, Any]], maps: Sequence[LinearMap]) -> dict[str, GramSum]:
+    def slept(
+        _: Any, batches: Iterable[Mapping[str, Any]], maps: Sequence[LinearMap], _sample: None = None
+    ) -> dict[str, GramSum]:
         for _batch in batches:
             time.sleep(seconds)
         return {map_.input_group: GramSum(torch.eye(map_.inputs, dtype=torch.float64), 1) for map_ in maps}

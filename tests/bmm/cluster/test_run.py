@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +151,34 @@ def test_a_worker_that_dies_has_its_work_done_elsewhere_and_a_deadly_request_is_
         with pytest.raises(ClusterError, match="killed every worker that tried it"):
             run_all(cluster, die, requests[:1], Counting())
     assert any(line.startswith("Workers lost: ") for line in heard.told)
+
+
+@pytest.mark.slow
+def test_an_answer_that_goes_with_its_worker_and_fails_again_is_asked_again(tmp_path: Path) -> None:
+    """Dask computes what was lost again by itself; that the store is away just then is no end of the run."""
+
+    def look(request: dict[str, Any]) -> int:
+        import os
+
+        tries = Path(request["tries"])
+        with tries.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if len(tries.read_text().splitlines()) == 2:
+            raise StoreAwayError("the store is away.")
+        return 7
+
+    tries = tmp_path / "tries"
+    with workers(ClusterSettings(workers=1, memory_limit="1 GiB")) as cluster:
+        gather = cluster.client.gather
+
+        def late(futures: Sequence[Any]) -> Any:
+            cluster.client.gather = gather
+            os.kill(int(tries.read_text()), signal.SIGKILL)
+            end = time.monotonic() + 60
+            while futures[0].status != "error" and time.monotonic() < end:
+                time.sleep(0.05)
+            return gather(futures)
+
+        cluster.client.gather = late
+        assert run_all(cluster, look, [{"tries": str(tries)}]) == [7]
+    assert len(tries.read_text().splitlines()) == 3
