@@ -135,7 +135,7 @@ def test_nobody_is_told_where_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_a_night_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     text = night_markdown(PROMOTED)
     assert text.startswith(f"**{headline(PROMOTED)}**")
-    assert "| new | 60 |  | 75.0 |  |  |  |  |" in text
+    assert "| new | 60 |  | 75.0 |  |  |" in text
     assert "- mail: it has a NaN" in text
     assert "`/models/mine`" in text
     assert "run abc at http://mlflow" in text
