@@ -19,7 +19,7 @@ import yaml
 from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.conversion import Conversion, rules_of
 from bmm.checkpoint.lora import ADAPTER_CONFIG
-from bmm.checkpoint.mapped import MOST_BYTES, MappedFile
+from bmm.checkpoint.mapped import MappedFile
 from bmm.checkpoint.shards import INDEX, SINGLE, StoredTensor, Weights, find_weights, read_json_object
 from bmm.checkpoint.tensors import TensorInfo
 from bmm.digest import digest_files
@@ -56,8 +56,6 @@ class Checkpoint:
         weight_files: the safetensors files, sorted by name.
         support_files: config, tokenizer and processor files which are there, sorted by name.
     """
-
-    _given = 0
 
     def __init__(self, path: Path, config: dict[str, Any], weights: Weights, support_files: tuple[Path, ...]) -> None:
         self.path = path
@@ -183,12 +181,6 @@ class Checkpoint:
             if stored.file not in self._handles:
                 self._handles[stored.file] = MappedFile(stored.file)
             tensor = self._handles[stored.file].tensor(stored.key)
-            # A model in many small files is as much in memory as one in a large one.
-            self._given += stored.info.nbytes
-            if self._given > MOST_BYTES:
-                self._given = 0
-                for file in list(self._handles.values()):
-                    file.rest()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the tensor '{name}' can no longer be read from {stored.file} ({error}); "

@@ -53,6 +53,17 @@ def test_tensors_are_found_in_the_last_file_that_has_them(tmp_path: Path) -> Non
     assert {name: file.tensor(name).item() for name, file in found.items()} == {"a": 0.0, "b": 1.0, "c": 1.0}
 
 
+def test_many_files_read_in_turn_do_not_stay_in_memory_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmm.checkpoint.mapped.MOST_BYTES", 2 * 2**20)
+    for index in range(12):
+        save_file({f"t{index}": torch.full((2**18,), float(index))}, tmp_path / f"{index:02}.safetensors")
+    found = mapped(sorted(tmp_path.glob("*.safetensors")))
+    for _ in range(2):
+        for name, file in found.items():
+            assert file.tensor(name)[-1].item() == float(name[1:])
+            assert sum(_mapped_bytes(other.path) for other in found.values()) <= 4 * 2**20
+
+
 def test_a_file_can_be_let_go_of_and_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(2**18), "b": torch.zeros(3)}, file)
