@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmm.memory import give_back
+
 Give = Callable[[str], Tensor]
 """Gives a parameter by canonical name, in any dtype."""
 
@@ -68,6 +70,7 @@ class Resident:
         """Let go of the weights of one layer."""
         for parameter in self._layers[layer].values():
             parameter.data = torch.empty(0)
+        give_back()
 
     @contextmanager
     def passing(self, give: Give) -> Iterator[None]:

@@ -27,6 +27,7 @@ from bmm.digest import digest_json
 from bmm.errors import BMMError
 from bmm.grams.settings import sample_in
 from bmm.kinds.settings import reading
+from bmm.memory import give_back
 from bmm.modules.linear import LinearMap
 from bmm.modules.units import Unit, units_of
 from bmm.prediction import StoredWeights
@@ -265,6 +266,9 @@ class _Walker:
             if moments:
                 tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
             rows[group] = everything.rows
+            # The next group's sizes are others.
+            del parts, everything, folds, solver, found
+            give_back()
         if moments:
             save_file(tensors, draft.path / _MOMENTS)
         save_file(solutions, draft.path / SOLUTIONS)

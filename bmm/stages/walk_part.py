@@ -24,6 +24,7 @@ from torch import nn
 from bmm.checkpoint.layout import dotted
 from bmm.checkpoint.mapped import mapped
 from bmm.evaluation.vocabulary import fill, joined, shifted
+from bmm.memory import give_back
 from bmm.modules.chain import Batch
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give
@@ -184,7 +185,9 @@ class _Part:
         for reference in request.solved[len(self._solved) :]:
             self._apply(self._work.read(Reference.from_json(reference)).file(SOLUTIONS))
             self._solved.append(reference)
-        return self._walk.moments(request.unit, request.group)
+        found = self._walk.moments(request.unit, request.group)
+        give_back()
+        return found
 
     def close(self) -> None:
         """Let go of the checkpoints."""
