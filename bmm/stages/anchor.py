@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter
 
 from bmm.anchors.interface import Sources
+from bmm.anchors.pieces import merge_tensor
 from bmm.anchors.registry import build as build_anchor
 from bmm.anchors.settings import AnchorSettings, FisherSettings, ScaledSettings
 from bmm.anchors.task_vectors import ScaledAnchor
@@ -86,10 +87,10 @@ def anchor_artefact(
             with progress(f"merging by {settings.method}", len(weights.names())) as bar:
 
                 def merge(name: str) -> torch.Tensor:
-                    merged = method.merge(name, weights)
-                    treatments[name] = merged.treatment
+                    dtype = torch.float32 if is_float(weights.parameter(name).dtype) else weights.base(name).dtype
+                    tensor, treatments[name] = merge_tensor(method, name, weights, dtype)
                     bar.advance()
-                    return merged.tensor
+                    return tensor
 
                 write_state(draft.path, setup, merge, dtype="F32")
             draft.write_json("treatments.json", treatments)
