@@ -11,9 +11,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from bmm.anchors.memory import anchor_bytes
+from bmm.checkpoint.mapped import MOST_BYTES
 from bmm.errors import RecipeError
 from bmm.grams.memory import PROCESS_BYTES, streamed_bytes, whole_bytes
 from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams, sample_in
+from bmm.kinds.settings import ZeroShotImageClassification
 from bmm.outline import Outline
 from bmm.recipe import ExpertSource, Recipe
 from bmm.sizes import parse_bytes, readable_bytes
@@ -75,6 +78,9 @@ def estimate_stages(
     # Gradients are summed in float64, beside the model and one row's own.
     fishers, fisher_memory = experts * model, 4 * model
     anchored = fishers if recipe.anchor.method == "fisher" else 0
+    merging = PROCESS_BYTES + anchor_bytes(
+        recipe.anchor.method, outline.widest, outline.stored_bytes / max(outline.weights, 1), experts
+    )
     if compared and "fisher" in recipe.evaluation.compare and not anchored:
         compared += experts
     # Workers elsewhere have memory of their own.
@@ -84,14 +90,20 @@ def estimate_stages(
     return tuple(
         replace(stage, cached=stage.stage in done)
         for stage in (
-            StagePlan("experts", False, 0, PROCESS_BYTES + model),
+            # Heads are made by the base's other tower, about as large.
+            StagePlan("experts", False, 0, PROCESS_BYTES + model * _makes_heads(recipe)),
             StagePlan("task-vectors", False, 0, PROCESS_BYTES),
             grams,
             StagePlan(
                 "anchor",
                 False,
                 model * (2 if recipe.anchor.chooses_scale else 1) + anchored,
-                PROCESS_BYTES + model + (fisher_memory if anchored else 0),
+                # A scale is chosen by measuring whole models.
+                max(
+                    merging,
+                    PROCESS_BYTES + 3 * model * recipe.anchor.chooses_scale,
+                    PROCESS_BYTES + model + fisher_memory if anchored else 0,
+                ),
             ),
             StagePlan(
                 "search",
@@ -114,9 +126,15 @@ def estimate_stages(
                 PROCESS_BYTES
                 + measured * max(3 * model, fisher_memory if "fisher" in recipe.evaluation.compare else 0),
             ),
-            StagePlan("publish", False, outline.stored_bytes, PROCESS_BYTES),
+            # An anchor alone is merged while it is written.
+            StagePlan("publish", False, outline.stored_bytes, merging if recipe.anchor_alone else PROCESS_BYTES),
         )
     )
+
+
+def _makes_heads(recipe: Recipe) -> bool:
+    """Return whether an expert's head is made out of its classes' names."""
+    return any(isinstance(expert.task, ZeroShotImageClassification) for expert in recipe.experts)
 
 
 def worker_shortage(stages: Sequence[StagePlan], recipe: Recipe) -> tuple[float, RecipeError] | None:
@@ -163,7 +181,7 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int,
 
     A worker holds what stands outside of the layers, and one layer, of the merged model and of an expert, the hidden
     states and answers of its own tasks' rows, and one group's moments of each task, and half of that again while
-    products are added to them; and its experts' files, of which what stands outside of the layers stays mapped.
+    products are added to them; and what is mapped of the files.
     """
     if recipe.regression.mode != "propagated":
         return 0, 0, 0
@@ -178,8 +196,7 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int,
     weights = 2 * (outline.outside + outline.largest_layer)
     tasks = max(high - low for low, high in pairwise(bounds))
     moments = tasks * _moments(outline) + _moments(outline) // 2
-    mapped = tasks * outline.outside * outline.stored_bytes // max(outline.weights, 1)
-    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + mapped + moments, moments
+    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + MOST_BYTES + moments, moments
 
 
 def _moments(outline: Outline) -> int:

@@ -67,6 +67,7 @@ PARTS = (
     ),
     Part("trials", "benchmarks.scaling.trials", {"trial_vs_refactorise": 0.6}, in_folder=False),
     Part("streaming", "benchmarks.scaling.streaming", {"streamed_peak_rss_bytes": 6 * 2**30}),
+    Part("plan", "benchmarks.scaling.plan", {"planned_peak_vs_measured": None}),
     Part(
         "overhead",
         "benchmarks.scaling.overhead",

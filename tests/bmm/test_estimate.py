@@ -186,6 +186,17 @@ def test_eight_billion_parameters_are_streamed_through_small_workers_whatever_th
     assert whole["grams"].worker_bytes > 24e9
 
 
+def test_an_anchor_is_merged_a_tensor_at_a_time_however_many_layers_there_are(pico: Path) -> None:
+    recipe = Recipe.from_yaml(pico / "recipe.yaml")
+    deep, flat = (
+        {stage.stage: stage for stage in estimate_stages(recipe, _llama(layers), [10] * 3)} for layers in (32, 4)
+    )
+    assert deep["anchor"].memory_bytes == flat["anchor"].memory_bytes < 40e9
+    assert deep["experts"].memory_bytes == flat["experts"].memory_bytes < 1e9
+    alone = stages(pico, regression={"mode": "none"}, anchor={"method": "tsv"}, search="none")
+    assert alone["publish"].memory_bytes == stages(pico, anchor={"method": "tsv"})["anchor"].memory_bytes
+
+
 def test_matrices_that_nothing_reads_are_not_planned(pico: Path) -> None:
     found = stages(pico, regression={"mode": "propagated"}, evaluation={"compare": ["ta"]})["grams"]
     assert (found.disk_bytes, found.worker_bytes) == (0, 0)

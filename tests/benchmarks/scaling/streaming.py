@@ -2,7 +2,7 @@
 
 Calibration rows, no validation and no test rows: Gram matrices (or a walk), anchor, regression, and the written model.
 The merge runs through the command in a process of its own; what each of its processes, workers included, had in memory
-at most is the kernel's own count (`VmHWM`), files that are mapped into memory included.
+at most is the kernel's own count (`VmHWM`), files that are mapped into memory included, stage by stage.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class Streamed:
         peaks: bytes that each process had in memory at most: the merge's own, and each worker's.
         stages: seconds by stage.
         planned: what `bmm plan` said of each stage before.
+        stage_peaks: by stage, bytes that the process which had most had in memory at most while it ran.
     """
 
     seconds: float
     peaks: Mapping[str, int]
     stages: Mapping[str, float]
     planned: Mapping[str, Mapping[str, Any]]
+    stage_peaks: Mapping[str, int]
 
     @property
     def peak(self) -> int:
@@ -120,8 +122,14 @@ def run(folder: Path, mode: str, rows: int, tokens: int, memory: str) -> Streame
     with (folder / f"{mode}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         peaks: dict[str, int] = {}
+        stage_peaks: dict[str, int] = {}
         while process.poll() is None:
-            _look(process.pid, peaks)
+            stage = next((name for name in planned if not _is_done(store, name)), None)
+            now = _look(process.pid)
+            for name, most in now.items():
+                peaks[name] = max(peaks.get(name, 0), most)
+            if stage is not None:
+                stage_peaks[stage] = max(stage_peaks.get(stage, 0), *now.values(), 0)
             time.sleep(_POLL_SECONDS)
         output, _ = process.communicate()
     if process.returncode:
@@ -132,20 +140,27 @@ def run(folder: Path, mode: str, rows: int, tokens: int, memory: str) -> Streame
     stages = {name: stage["seconds"] for name, stage in document["stages"].items()}
     for place in (store, merged):
         shutil.rmtree(place)
-    return Streamed(seconds, peaks, stages, planned)
+    return Streamed(seconds, peaks, stages, planned, stage_peaks)
 
 
-def _look(pid: int, peaks: dict[str, int]) -> None:
+def _is_done(store: Path, stage: str) -> bool:
+    return any((store / "artefacts" / f"stage-{stage}").glob("*"))
+
+
+def _look(pid: int) -> dict[str, int]:
+    """Return the most bytes that each process of a merge has had in memory since the last look."""
+    found = {}
     with suppress(psutil.NoSuchProcess):
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
             with suppress(OSError, psutil.NoSuchProcess):
-                name = "merge" if process.pid == pid else f"worker {process.pid}"
-                peaks[name] = max(peaks.get(name, 0), _most(process.pid))
+                found["merge" if process.pid == pid else f"worker {process.pid}"] = _most(process.pid)
+    return found
 
 
 def _most(pid: int) -> int:
-    """Return the most bytes that a process has had in memory, by the kernel's count."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Return the most bytes that a process has had in memory since the last time, by the kernel's count."""
+    place = Path(f"/proc/{pid}")
+    lines = (place / "status").read_text(encoding="ascii").splitlines()
+    # The kernel counts from what is there now on.
+    (place / "clear_refs").write_text("5", encoding="ascii")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
