@@ -7,7 +7,9 @@ A model here is an encoder (known by the digest of its weights) with one task's 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,6 +45,7 @@ class Panel:
         artefacts: each expert's verified `expert` artefact, which holds its rows.
         layout: which tensors are shared and which travel with a head.
         batch_size: rows in one forward pass.
+        heads: by expert, tensors that stand in for those of its own head. What an encoder is known by must say so.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class Panel:
         artefacts: Mapping[str, Artefact],
         layout: Layout,
         batch_size: int,
+        heads: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
     ) -> None:
+        self._heads = heads
         self._work = work
         self._experts = {expert.name: expert for expert in experts}
         self._artefacts = artefacts
@@ -62,6 +67,10 @@ class Panel:
         self._splits: dict[tuple[str, str], Split] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._pieces: dict[tuple[str, str], list[tuple[list[int], Prepared | None]]] = {}
+
+    def with_heads(self, heads: Mapping[str, Mapping[str, torch.Tensor]]) -> Panel:
+        """Return the same panel with, by expert, tensors that stand in for those of its own head."""
+        return Panel(self._work, tuple(self._experts.values()), self._artefacts, self._layout, self._batch_size, heads)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -185,7 +194,8 @@ class Panel:
             expert = self._experts[task]
             with expert.model.open() as checkpoint:
                 model = build_model(checkpoint, expert, self._batch_size, self._layout)
-                model.load_head(head_tensors(checkpoint, self._layout, expert.name, self._artefacts[task]))
+                own = head_tensors(checkpoint, self._layout, expert.name, self._artefacts[task])
+                model.load_head({**own, **self._heads.get(task, {})})
             if self._models:
                 model.share_encoder(next(iter(self._models.values())))
             self._models[task] = model
@@ -287,6 +297,13 @@ class StoredWeights:
 
     def __init__(self, artefact: Artefact) -> None:
         self._place = mapped(sorted(artefact.path.glob("*.safetensors")))
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Return those in the files of a folder that is no artefact yet."""
+        found = cls.__new__(cls)
+        found._place = mapped(sorted(folder.glob("*.safetensors")))
+        return found
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype."""

@@ -182,7 +182,14 @@ class Recipe(Part):
                     "'anchor': without regression (mode: none) nothing but weights is read, and this anchor needs "
                     "rows; choose another method or a scale that is a number, or set another regression.mode"
                 )
+            if self.regression.fits_heads is not None:
+                raise ValueError(
+                    "'regression.heads': without regression (mode: none) no row is read, and a head is fitted on rows; "
+                    "leave it out, or set another regression.mode"
+                )
             return needs
+        if self.regression.fits_heads is not None and self.regression.heads is not None:
+            needs.append(("calibration", "'regression.heads'"))
         if self.anchor.needs == "fisher":
             needs.append(("calibration", "'anchor': the method 'fisher'"))
         if self.anchor.chooses_scale:

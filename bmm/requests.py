@@ -162,7 +162,7 @@ class Requests:
             # The settings of the search do not count where there is none, but for what the evidence asks of them.
             kept = {"per", "trials"} | ({"log10_lambda"} if regression.strength == "evidence" else set())
             settings["search"] = search.model_dump(mode="json", include=kept)
-        if search.trials or regression.mode == "propagated":
+        if search.trials or regression.mode == "propagated" or regression.fits_heads is not None:
             settings["batch_size"] = self.recipe.evaluation.batch_size
         else:
             # No row is read.

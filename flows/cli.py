@@ -187,7 +187,7 @@ def evaluate(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate any checkpoint of the base's architecture on the recipe's tasks, with the experts' heads."""
+    """Evaluate any checkpoint of the base's architecture on the recipe's tasks, with its heads or the experts'."""
 
     def work() -> dict[str, Any]:
         from flows import commands

@@ -170,7 +170,7 @@ def evaluate(
     samples: int | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint with the experts' heads on the recipe's tasks; with `samples`, its posterior too."""
+    """Evaluate a checkpoint on a recipe's tasks, with its heads or the experts'; with `samples`, its posterior too."""
     from bmm.pipeline import perform_here, run_stages
     from bmm.sources import fingerprint_inputs, fingerprint_model
     from bmm.stages.evaluate import evaluate_checkpoint

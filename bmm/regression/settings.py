@@ -65,12 +65,27 @@ class RegressionSettings(BaseModel):
             )
         return value
 
+    heads: Strength | Literal["keep"] | None = Field(
+        default=None,
+        description="fit the last layer of each expert's own head to the merged model, with this prior strength "
+        "towards the expert's: to what the expert answers on its calibration rows, without labels; keep: the experts' "
+        f"heads as they are (always where a head has no such layer); {DEFAULT_LAMBDA} in propagated mode, else keep",
+    )
+
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, as JSON."""
         if self.mode == "none":
             return {"mode": self.mode}
         walk = set() if self.mode == "propagated" else {"walk_lambda", "rounds"}
-        return self.model_dump(mode="json", exclude=walk)
+        said = self.model_dump(mode="json", exclude={*walk, "heads"})
+        return said if self.fits_heads is None else {**said, "heads": self.fits_heads}
+
+    @property
+    def fits_heads(self) -> float | None:
+        """The prior strength with which heads are fitted; None where they are kept."""
+        if self.heads is None:
+            return DEFAULT_LAMBDA if self.mode == "propagated" else None
+        return None if self.heads == "keep" else self.heads
 
     def weights(self, experts: Sequence[str]) -> list[float]:
         """Return how much each expert counts."""

@@ -292,7 +292,9 @@ def method(document: Document) -> str:
     if ((document.get("recipe") or {}).get("regression") or {}).get("mode") == "propagated":
         source = "propagated"
     of = f", {grams['tokens']} tokens of each sequence (seed {grams['tokens_seed']})" if "tokens" in grams else ""
-    return f"the regression is on {_SOURCES[source]}{of}; {_STRENGTHS[strength_rule(document)]}"
+    heads = ((document.get("search") or {}).get("heads") or {}).get("layers") or {}
+    fitted = "; each task's last layer is fitted to the merged encoder" if any(heads.values()) else ""
+    return f"the regression is on {_SOURCES[source]}{of}; {_STRENGTHS[strength_rule(document)]}{fitted}"
 
 
 def finished_trials(document: Document) -> list[Mapping[str, Any]]:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bmm.anchors.settings import AnchorSettings, ScaledSettings, of_method
+from bmm.digest import digest_json
 from bmm.errors import RecipeError
 from bmm.evaluation.metrics import Bootstrap, Measured, Method, method_rows, share_of_experts, summarise
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import EvaluationSettings, Recipe
 from bmm.sources import Inputs, Model
 from bmm.stages.anchor import anchor_artefact, checkpoint_reader, chosen_scale
+from bmm.stages.heads import digest_of_heads, heads_in
 from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.setup import Setup, setup_of
@@ -35,6 +38,8 @@ class Contender:
     name: str
     digest: str
     state: Callable[[], dict[str, torch.Tensor]]
+    panel: Panel | None = None
+    """Its own, where it has other heads than the experts'."""
 
 
 def evaluate(work: Work, request: Request) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def evaluate(work: Work, request: Request) -> dict[str, Any]:
         main = [
             Contender("base", setup.base.digest, lambda: _base_state(setup)),
             _stored(work, "anchor", Reference.from_json(request.inputs["anchor"])),
-            _stored(work, "merged", Reference.from_json(request.inputs["search"])),
+            _merged(work, Reference.from_json(request.inputs["search"]), panel),
         ]
         bootstrap: dict[str, Any] = {
             "samples": settings.bootstrap_samples,
@@ -75,7 +80,8 @@ def _answers(setup: Setup, panel: Panel, contenders: Sequence[Contender], split:
     for task, measured in expert_predictions(setup, panel, split).items():
         answers[task]["expert"] = measured
     for contender in contenders:
-        found = panel.predictions(contender.digest, contender.state, panel.tasks, split, contender.name)
+        own = contender.panel or panel
+        found = own.predictions(contender.digest, contender.state, panel.tasks, split, contender.name)
         for task, measured in found.items():
             answers[task][contender.name] = measured
     return answers
@@ -120,6 +126,12 @@ def _stored(work: Work, name: str, reference: Reference) -> Contender:
     return Contender(name, reference.digest, lambda: StoredWeights(work.read(reference)).state())
 
 
+def _merged(work: Work, reference: Reference, panel: Panel) -> Contender:
+    """Return the merged encoder, with the heads that were fitted to it."""
+    heads = heads_in(work.read(reference).path)
+    return replace(_stored(work, "merged", reference), panel=panel.with_heads(heads) if heads else None)
+
+
 def _base_state(setup: Setup) -> dict[str, torch.Tensor]:
     with setup.weights() as weights:
         return {name: weights.base(name) for name in weights.names()}
@@ -137,7 +149,9 @@ def open_panel(work: Work, recipe: Recipe, inputs: Inputs, results: Mapping[str,
 def evaluate_checkpoint(
     work: Work, recipe: Recipe, inputs: Inputs, results: Mapping[str, Result], model: Model, split: str
 ) -> dict[str, Any]:
-    """Measure any checkpoint of the base's architecture with the experts' heads, beside the experts themselves.
+    """Measure any checkpoint of the base's architecture, beside the experts themselves.
+
+    A merge's output answers with the heads in it, any other checkpoint with the experts'.
 
     Raises:
         CheckpointError: the checkpoint lacks a shared tensor, or has one of another shape.
@@ -155,7 +169,12 @@ def evaluate_checkpoint(
             read = checkpoint_reader(stack, setup, model, "the checkpoint")
             return {parameter.name: read(parameter.name) for parameter in setup.layout.shared}
 
-    answers = _answers(setup, panel, [Contender("model", model.digest, state)], split)
+    contender = Contender("model", model.digest, state)
+    if (heads := digest_of_heads(Path(model.path))) is not None:
+        # A merge's output, whose heads may have been fitted to it.
+        known = {task: head for task, head in heads_in(Path(model.path)).items() if task in panel.tasks}
+        contender = Contender("model", digest_json([model.digest, heads]), state, panel.with_heads(known))
+    answers = _answers(setup, panel, [contender], split)
     bootstrap = Bootstrap(
         answers, samples=settings.bootstrap_samples, seed=settings.bootstrap_seed, confidence=settings.confidence
     )

@@ -34,6 +34,7 @@ from bmm.sizes import parse_bytes
 from bmm.sources import Model
 from bmm.stages.alone import anchor_alone
 from bmm.stages.anchor import published_dtypes
+from bmm.stages.heads import Heads, heads_in
 from bmm.stages.objective import DTYPES
 from bmm.stages.request import COVERAGE, Request, Work
 from bmm.stages.setup import Setup, setup_of
@@ -54,8 +55,10 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
         with ExitStack() as stack:
             base = stack.enter_context(setup.base.open())
             dtypes = published_dtypes(setup, DTYPES[request.settings["dtype"]])
+            heads: Heads = {}
             if (search := request.inputs.get("search")) is not None:
-                merged = StoredWeights(work.read(Reference.from_json(search)))
+                found = work.read(Reference.from_json(search))
+                merged, heads = StoredWeights(found), heads_in(found.path)
                 _write_weights(request, setup, base, draft.path, merged, dtypes)
             else:
                 threads = torch.get_num_threads()
@@ -69,7 +72,7 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
             for expert in setup.experts:
                 checkpoint = stack.enter_context(expert.model.open())
                 artefact = work.read(request.inputs["experts"][expert.name])
-                head = head_tensors(checkpoint, setup.layout, expert.name, artefact)
+                head = {**head_tensors(checkpoint, setup.layout, expert.name, artefact), **heads.get(expert.name, {})}
                 if not head:
                     continue
                 (draft.path / "heads").mkdir(exist_ok=True)

@@ -38,6 +38,7 @@ from bmm.search.setting import Setting
 from bmm.sources import Model
 from bmm.stages.anchor import published_dtypes
 from bmm.stages.assembling import assembler_of, gram_readers, module_groups
+from bmm.stages.heads import heads_in
 from bmm.stages.objective import DTYPES
 from bmm.stages.panel import panel_of
 from bmm.stages.propagation import walk
@@ -202,7 +203,7 @@ def evaluate_samples(
         UserError: a task is not one of choosing a class for each row, or nothing is known of the posterior's width.
     """
     setup = setup_of(work, request)
-    panel = panel_of(work, rows, setup)
+    panel = panel_of(work, rows, setup).with_heads(heads_in(work.read(found).path))
     for needed in dict.fromkeys(("validation", split)):
         if not panel.has(needed):
             raise RecipeError(

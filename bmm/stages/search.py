@@ -39,6 +39,7 @@ from bmm.search.space import Space
 from bmm.search.study import Study
 from bmm.stages.anchor import write_state
 from bmm.stages.assembling import assembler_of, check_coverage, module_groups
+from bmm.stages.heads import write_heads
 from bmm.stages.objective import DTYPES, Objective
 from bmm.stages.request import Request, Work, version_of
 from bmm.stages.setup import Setup, setup_of
@@ -91,6 +92,9 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
         treatments = anchor.read_json("treatments.json")
         dtype = DTYPES[request.settings["dtype"]]
         _write_best(draft, setup, assembler, weights, treatments, groups, chosen, anchored, dtype, rounds)
+        heads = request.settings["regression"].get("heads")
+        if heads is not None:
+            told["heads"] = {"lambda": heads, "layers": write_heads(draft, work, request, setup, heads)}
         draft.write_json("search.json", told)
 
 

@@ -22,6 +22,7 @@ Stage = Literal["experts", "grams", "anchor", "both", "search"]
 # The strength that the unsearched rows use everywhere, so that nothing of theirs was chosen on the rows they are
 # measured on.
 LAMBDA = 0.1
+ANCHOR_ITSELF = 1e12
 # Tokens of each sequence where not all are kept.
 TOKENS = 16
 LABELS = {
@@ -180,12 +181,17 @@ def _ours(trials: int) -> list[Row]:
     walked = How(_fixed(PROPAGATED, LAMBDA), "search")
     held_out = How(_fixed(PROPAGATED, "held-out"), "search")
     twice = _fixed({**PROPAGATED, "regression": {**PROPAGATED["regression"], "rounds": 2}}, LAMBDA)
+    kept = {**PROPAGATED, "regression": {**PROPAGATED["regression"], "heads": "keep"}}
+    # So strong a prior that nothing but the heads is fitted, on Gram matrices that need no rows.
+    heads_alone = {**DATA_FREE, "regression": {**DATA_FREE["regression"], "heads": LAMBDA}}
     alone = [
-        Row(name, How(_fixed(changes, LAMBDA), "search"), ours=True, data_free=False, seeded=True)
+        Row(name, How(changes, "search"), ours=True, data_free=False, seeded=True)
         for name, changes in (
-            (f"propagated, {TOKENS} tokens a sequence", _sampled(PROPAGATED)),
-            ("module-wise", MODULE_WISE),
-            (f"module-wise, {TOKENS} tokens a sequence", _sampled(MODULE_WISE)),
+            ("propagated, the experts' heads", _fixed(kept, LAMBDA)),
+            (f"propagated, {TOKENS} tokens a sequence", _fixed(_sampled(PROPAGATED), LAMBDA)),
+            ("module-wise", _fixed(MODULE_WISE, LAMBDA)),
+            (f"module-wise, {TOKENS} tokens a sequence", _fixed(_sampled(MODULE_WISE), LAMBDA)),
+            ("anchor with fitted heads", _fixed(heads_alone, ANCHOR_ITSELF)),
         )
     ]
     return [

@@ -28,6 +28,7 @@ from bmm.recipe import Recipe
 from bmm.requests import Requests
 from bmm.sources import Inputs, fingerprint_inputs
 from bmm.stages.evaluate import open_panel
+from bmm.stages.heads import heads_in
 from bmm.stages.panel import expert_predictions
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.setup import Setup
@@ -92,17 +93,24 @@ class Bench:
                 reference, seconds = self._lead(row.how, seed, rows)
             case How():
                 reference, seconds = self._own(row.how, seed, rows)
-        self.answers(reference.digest, lambda: StoredWeights(self.store.read(reference)).state(), row.method)
+        panel = self._panel_with(reference)
+        panel.predictions(reference.digest, self._state_of(reference), panel.tasks, "test", row.method)
         return Model(reference.digest, seconds)
 
     def merged(self, how: How, seed: int, rows: int) -> str:
         """Merge by a recipe, let the model answer validation and test rows, and return its digest."""
         reference, _ = self._own(how, seed, rows)
-        _, panel = self._test
+        panel = self._panel_with(reference)
         for split in ("validation", "test"):
-            state = StoredWeights(self.store.read(reference)).state
-            panel.predictions(reference.digest, state, panel.tasks, split, "model")
+            panel.predictions(reference.digest, self._state_of(reference), panel.tasks, split, "model")
         return reference.digest
+
+    def _panel_with(self, reference: Reference) -> Panel:
+        """Return the panel with the heads that were fitted to a model."""
+        return self._test[1].with_heads(heads_in(self.store.read(reference).path))
+
+    def _state_of(self, reference: Reference) -> Callable[[], dict[str, torch.Tensor]]:
+        return lambda: StoredWeights(self.store.read(reference)).state()
 
     def before_search(self, how: How, seed: int, rows: int) -> tuple[Recipe, Inputs, Mapping[str, Result]]:
         """Return a recipe, its inputs, and the results of the stages that a search stands on."""

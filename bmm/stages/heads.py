@@ -1,0 +1,112 @@
+"""The experts' heads fitted to a merged encoder, as files beside its weights; part of the search stage.
+
+What is fitted is `bmm.regression.head`; a head that is not there, because it was not to be fitted or has no last layer
+of its own, stays the expert's. One layer of an encoder is in memory at a time, as in the walk before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bmm.digest import digest_files
+from bmm.evaluation.head import last_layer, layers_outside, rows_at
+from bmm.evaluation.model import TaskModel
+from bmm.modules.residence import Give, Resident
+from bmm.modules.units import layers_of, units_of
+from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
+from bmm.progress import progress
+from bmm.regression.head import fitted_head
+from bmm.sources import Expert
+from bmm.stages.request import Request, Work
+from bmm.stages.setup import Setup
+from bmm.store import Artefact, Draft
+from bmm.threads import one_thread
+from bmm.weights import ExpertWeights
+
+FOLDER = "heads"
+
+Heads = Mapping[str, Mapping[str, Tensor]]
+"""Expert -> the tensors of its head that are not the expert's own, by their names in its model."""
+
+
+def write_heads(draft: Draft, work: Work, request: Request, setup: Setup, lam: float) -> dict[str, str | None]:
+    """Fit the heads to the encoder that stands in the draft, and put them beside it.
+
+    Returns:
+        by expert, the name of the layer that was fitted, None where its head has none.
+    """
+    merged = StoredWeights.of(draft.path)
+    layers: dict[str, str | None] = {}
+    # The bytes must not depend on how many threads a machine has.
+    with one_thread(), setup.weights() as weights, progress("fitting heads", len(setup.experts)) as bar:
+        for index, expert in enumerate(setup.experts):
+            artefact = work.read(request.inputs["experts"][expert.name])
+            model = _model(setup, expert, artefact, request.settings["batch_size"])
+            fitted: dict[str, Tensor] = {}
+            if layers_outside(model):
+                fitted = _fitted(model, setup, weights, index, merged, artefact, lam)
+            layers[expert.name] = next((name.rpartition(".")[0] for name in fitted), None)
+            if fitted:
+                (draft.path / FOLDER).mkdir(exist_ok=True)
+                save_file(fitted, draft.path / FOLDER / f"{expert.name}.safetensors")
+            bar.advance()
+    return layers
+
+
+def heads_in(folder: Path) -> Heads:
+    """Return the heads that stand in a folder's `heads`, none if there is no such folder."""
+    return {file.stem: load_file(file) for file in sorted((folder / FOLDER).glob("*.safetensors"))}
+
+
+def digest_of_heads(folder: Path) -> str | None:
+    """Return one digest of the heads in a folder, None if there are none."""
+    files = sorted((folder / FOLDER).glob("*.safetensors"))
+    return digest_files((file.name, file) for file in files) if files else None
+
+
+def _model(setup: Setup, expert: Expert, artefact: Artefact, batch_size: int) -> TaskModel:
+    """Return an expert's model with its head and without its encoder's weights."""
+    with expert.model.open() as checkpoint:
+        model = build_model(checkpoint, expert, batch_size, setup.layout)
+        model.load_head(head_tensors(checkpoint, setup.layout, expert.name, artefact))
+    return model
+
+
+def _fitted(
+    model: TaskModel,
+    setup: Setup,
+    weights: ExpertWeights,
+    index: int,
+    merged: Give,
+    artefact: Artefact,
+    lam: float,
+) -> dict[str, Tensor]:
+    """Return the tensors of an expert's last layer, fitted; none where its head has no such layer."""
+
+    def own(name: str) -> Tensor:
+        return weights.expert(index, name)
+
+    prepared = model.prepare(read_split(artefact, "calibration").rows)
+    model.expect_encoder(weights.names(), own)
+    resident = Resident(model.encoder, weights.names())
+    if not resident.divide(layers_of(units_of(setup.regressed))):
+        resident.divide(())
+    resident.surround(own)
+    with resident.passing(own):
+        name = last_layer(model, prepared)
+        if name is None:
+            return {}
+        _, answers = rows_at(model, name, prepared)
+    resident.surround(merged)
+    with resident.passing(merged):
+        inputs, _ = rows_at(model, name, prepared)
+    layer: Any = model.module.get_submodule(name)
+    solution = fitted_head(inputs, answers, layer.weight, layer.bias, lam)
+    if layer.bias is None:
+        return {f"{name}.weight": solution.contiguous()}
+    return {f"{name}.weight": solution[:, :-1].contiguous(), f"{name}.bias": solution[:, -1].contiguous()}

@@ -1,0 +1,91 @@
+"""Heads fitted to a merged encoder, through whole merges of pico experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from bmm.errors import RecipeError
+from bmm.pipeline import merge, perform_here, run_stages
+from bmm.recipe import Recipe
+from bmm.regression.head import fitted_head
+from bmm.sources import fingerprint_inputs, fingerprint_model
+from bmm.stages.evaluate import evaluate_checkpoint
+from bmm.stages.request import Work
+from bmm.store import Store
+
+Edit = Callable[..., Path]
+FITTED = {"mode": "propagated", "lambda": 0.1, "heads": 0.1}
+
+
+def run(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Merge, and return the document and the output folder."""
+    found = merge(Recipe.from_yaml(folder / "recipe.yaml"), store=folder / "store")
+    return json.loads((found.output / "merge.json").read_text(encoding="utf-8")), found.output
+
+
+@pytest.mark.parametrize("regression", [FITTED, {**FITTED, "mode": "module-wise"}])
+def test_the_output_has_the_fitted_heads_and_is_measured_with_them(
+    merged: Path, edit_recipe: Edit, in_process: None, regression: dict[str, Any]
+) -> None:
+    path = edit_recipe(merged, regression={**regression, "heads": "keep"}, search="none", output="./plain")
+    plain, kept = run(merged)
+    edit_recipe(merged, regression=regression, search="none", output="./fitted")
+    document, output = run(merged)
+    assert (kept / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    for expert in ("task0", "task1", "task2"):
+        own, fitted = (load_file(folder / "heads" / f"{expert}.safetensors") for folder in (kept, output))
+        assert own.keys() == fitted.keys()
+        changed = {name for name in own if not torch.equal(own[name], fitted[name])}
+        assert changed == {"classifier.weight", "classifier.bias"}
+        rows = (merged / "data" / expert / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+        tokens = AutoTokenizer.from_pretrained(merged / "experts" / expert)(
+            [json.loads(row)["text"] for row in rows], padding=True, truncation=True, max_length=16, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            answers = AutoModelForSequenceClassification.from_pretrained(merged / "experts" / expert)(**tokens).logits
+            read = AutoModel.from_pretrained(output)(**tokens).pooler_output
+        expected = fitted_head(read, answers, own["classifier.weight"], own["classifier.bias"], 0.1)
+        torch.testing.assert_close(fitted["classifier.weight"], expected[:, :-1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fitted["classifier.bias"], expected[:, -1], rtol=1e-3, atol=1e-4)
+    recipe = Recipe.from_yaml(path)
+    inputs = fingerprint_inputs(recipe, check_output_folder=False)
+    work = Work(Store.open(merged / "store"))
+    results = run_stages(recipe, inputs, work.store, perform_here, ("experts",))
+    # What was measured is what is published.
+    output_model = fingerprint_model(str(output), merged, "the model")
+    again = evaluate_checkpoint(work, recipe, inputs, results, output_model, "test")
+    for task, found in again["tasks"].items():
+        assert found["model"] == document["metrics"]["test"][task]["merged"]
+    assert document["metrics"]["test"] != plain["metrics"]["test"]
+
+
+def test_by_default_a_walk_ends_with_the_heads_and_nothing_else_does(pico: Path, edit_recipe: Edit) -> None:
+    said = {
+        mode: Recipe.from_yaml(edit_recipe(pico, regression={"mode": mode})).regression.settings()
+        for mode in ("propagated", "module-wise")
+    }
+    assert said["propagated"]["heads"] == 0.1
+    assert "heads" not in said["module-wise"]
+    kept = Recipe.from_yaml(edit_recipe(pico, regression={"heads": "keep"})).regression.settings()
+    assert "heads" not in kept
+
+
+def test_heads_need_rows(pico: Path, edit_recipe: Edit) -> None:
+    path = edit_recipe(pico, regression={"mode": "none", "heads": 0.1}, search="none")
+    with pytest.raises(RecipeError, match="no row is read, and a head is fitted on rows"):
+        Recipe.from_yaml(path)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del recipe["experts"][1]["task"]["calibration"]
+    recipe |= {"grams": {"source": "task-vectors"}, "regression": {"heads": 0.1, "lambda": 0.1}}
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"'regression\.heads' needs calibration rows"):
+        Recipe.from_yaml(path)
