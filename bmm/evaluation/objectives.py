@@ -25,7 +25,8 @@ from bmm.evaluation.calibration import log_softmax
 from bmm.evaluation.metrics import Measured, mean_ratio_to_expert
 from bmm.evaluation.scores import ACCURACY, share_score
 
-Gains = NDArray[np.float64]
+RowGains = NDArray[np.float64]
+"""What each row of one task adds to the task's part of the objective, (rows,)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Reference:
     labels: Sequence[int] | None = None
 
 
-def gains(objective: str, answers: torch.Tensor, measured: Measured, reference: Reference) -> Gains | None:
+def gains(objective: str, answers: torch.Tensor, measured: Measured, reference: Reference) -> RowGains | None:
     """Return what each row adds to a task's part of the objective, (rows,); None where that is no mean over rows.
 
     Args:
@@ -76,7 +77,7 @@ def same_answers(answers: torch.Tensor, expert: torch.Tensor) -> Measured:
 def value_of(
     objective: str,
     measured: Mapping[str, Measured],
-    found: Mapping[str, Gains | None],
+    found: Mapping[str, RowGains | None],
     references: Mapping[str, Reference],
 ) -> tuple[float, float]:
     """Return the objective and its variance over draws of the rows.
@@ -98,6 +99,6 @@ def value_of(
     return float(np.mean([one.mean() for one in rows])), sum(mean_variance(one) for one in rows) / count**2
 
 
-def mean_variance(rows: Gains) -> float:
+def mean_variance(rows: RowGains) -> float:
     """Return the variance of the rows' mean over draws of the rows; 0 for a single row."""
     return float(rows.var(ddof=1) / len(rows)) if len(rows) > 1 else 0.0

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from bmm.errors import BMMError, UserError
-from bmm.search.rows import Gains
+from bmm.search.rows import GainsByTask
 from bmm.search.setting import Setting
 from bmm.search.trial import State, Trial
 
@@ -29,10 +29,10 @@ class Outcome:
     tasks: Mapping[str, float]
     variance: float | None = None
     seen: float = 1.0
-    gains: Gains | None = None
+    gains: GainsByTask | None = None
 
 
-Evaluate = Callable[[Mapping[str, Setting], Gains | None], Outcome]
+Evaluate = Callable[[Mapping[str, Setting], GainsByTask | None], Outcome]
 """Measures settings by group; given the rows of the best trial so far, it may stop when these cannot be beaten."""
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Gains = Mapping[str, NDArray[np.float64]]
+GainsByTask = Mapping[str, NDArray[np.float64]]
 """By task, what each row adds to the task's part of the objective, (rows,), in an order that is always the same.
 
 NaN stands for a row that was not seen.
@@ -24,7 +24,7 @@ NaN stands for a row that was not seen.
 _FORMAT = "<f8"
 
 
-def variances(gains: Sequence[Gains]) -> list[float] | None:
+def variances(gains: Sequence[GainsByTask]) -> list[float] | None:
     """Return the variance of each trial's objective that it does not share with the others.
 
     Args:
@@ -42,22 +42,22 @@ def variances(gains: Sequence[Gains]) -> list[float] | None:
     return [_mean_variance(one, mean) * (own_share if is_whole(one) else 1.0) for one in gains]
 
 
-def variance_of_difference(one: Gains, other: Gains) -> float:
+def variance_of_difference(one: GainsByTask, other: GainsByTask) -> float:
     """Return the variance of the difference of two trials' objectives over draws of the rows, paired row by row."""
     return _mean_variance(one, other)
 
 
-def is_whole(gains: Gains) -> bool:
+def is_whole(gains: GainsByTask) -> bool:
     """Say whether every row was seen."""
     return not any(bool(np.isnan(rows).any()) for rows in gains.values())
 
 
-def encoded(gains: Gains) -> dict[str, str]:
+def encoded(gains: GainsByTask) -> dict[str, str]:
     """Return gains as text, to the last bit."""
     return {task: b64encode(rows.astype(_FORMAT).tobytes()).decode("ascii") for task, rows in sorted(gains.items())}
 
 
-def decoded(texts: Mapping[str, str]) -> Gains:
+def decoded(texts: Mapping[str, str]) -> GainsByTask:
     """Return what `encoded` was given.
 
     Raises:
@@ -68,7 +68,7 @@ def decoded(texts: Mapping[str, str]) -> Gains:
     }
 
 
-def _mean_variance(one: Gains, other: Gains) -> float:
+def _mean_variance(one: GainsByTask, other: GainsByTask) -> float:
     """Return the variance of the mean over tasks of the mean over the rows that both have seen."""
     found = 0.0
     for task, rows in one.items():

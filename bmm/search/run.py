@@ -23,7 +23,7 @@ from bmm.search.outcome import Evaluate, Outcome, as_trial
 from bmm.search.plan import Plan, trial_seed
 from bmm.search.propose import Designed, initial_design, propose
 from bmm.search.recommend import recommended
-from bmm.search.rows import Gains
+from bmm.search.rows import GainsByTask
 from bmm.search.space import Space
 from bmm.search.study import Study
 from bmm.search.trial import Trial, best_of
@@ -186,7 +186,7 @@ class _Search:
                 self._proposals[index] = (origin, point, self._space.decode(point))
         return self._proposals[index]
 
-    def _rival(self, index: int) -> Gains | None:
+    def _rival(self, index: int) -> GainsByTask | None:
         """Return the rows of the best trial, which this one must beat."""
         best = best_of(self._history(index)) if self._plan.racing else None
         return None if best is None else best.gains

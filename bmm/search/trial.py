@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bmm.search.rows import Gains
+from bmm.search.rows import GainsByTask
 from bmm.search.setting import Setting
 from bmm.search.space import Point
 
@@ -46,7 +46,7 @@ class Trial:
     seed: int
     variance: float | None = None
     seen: float = 1.0
-    gains: Gains | None = field(default=None, repr=False, compare=False)
+    gains: GainsByTask | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__

@@ -15,10 +15,11 @@ import torch
 from bmm.assembly import Assembler
 from bmm.errors import RecipeError
 from bmm.evaluation.metrics import Measured
-from bmm.evaluation.objectives import Gains, Reference, gains, mean_variance, same_answers, value_of
+from bmm.evaluation.objectives import Reference, RowGains, gains, mean_variance, same_answers, value_of
 from bmm.evaluation.racing import PARTS, verdict
 from bmm.prediction import Panel, StoredWeights
 from bmm.search.outcome import Outcome
+from bmm.search.rows import GainsByTask
 from bmm.search.setting import Setting
 from bmm.search.settings import SearchSettings
 from bmm.stages.anchor import published_dtypes
@@ -86,7 +87,7 @@ class Objective:
                 self.noise = value_of(self._objective, measured, found, self._references)[1] or None
 
     def evaluate(
-        self, assembler: Assembler | Walking, chosen: Mapping[str, Setting], rival: Mapping[str, Gains] | None
+        self, assembler: Assembler | Walking, chosen: Mapping[str, Setting], rival: GainsByTask | None
     ) -> Outcome:
         """Run the model of one setting for each group; with a rival's gains it may stop before all rows are seen.
 
@@ -125,7 +126,7 @@ class Objective:
         answered: Mapping[str, torch.Tensor],
         seen: Mapping[str, list[int]],
         rows: Mapping[str, int],
-        rival: Mapping[str, Gains],
+        rival: GainsByTask,
     ) -> Outcome | None:
         measured, found = {}, {}
         for task, answers in answered.items():
@@ -158,7 +159,7 @@ class Objective:
 
     def _gains(
         self, task: str, answers: torch.Tensor, measured: Measured, rows: list[int] | None = None
-    ) -> Gains | None:
+    ) -> RowGains | None:
         reference = self._references[task]
         if rows is not None:
             labels = None if reference.labels is None else [reference.labels[row] for row in rows]

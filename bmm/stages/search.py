@@ -25,13 +25,13 @@ from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_json
 from bmm.errors import ArtefactDamagedError
-from bmm.evaluation.objectives import Gains
 from bmm.prediction import StoredWeights
 from bmm.progress import progress
 from bmm.search.importance import importance
 from bmm.search.outcome import Evaluate, Outcome
 from bmm.search.plan import Plan
 from bmm.search.recommend import pareto_front
+from bmm.search.rows import GainsByTask
 from bmm.search.run import Found, search
 from bmm.search.setting import ANCHOR, Setting
 from bmm.search.settings import SearchSettings
@@ -190,7 +190,7 @@ def _at_workers(work: Work, request: Request, stack: ExitStack, search_digest: s
     cluster = stack.enter_context(workers(ClusterSettings.model_validate(request.where["cluster"])))
     stack.callback(cluster.everywhere, forget, search_digest)
 
-    def evaluate(chosen: Mapping[str, Setting], rival: Mapping[str, Gains] | None) -> Outcome:
+    def evaluate(chosen: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         asked = TrialRequest(
             search=search_digest,
             request=request.to_json(),

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from bmm.assembly import Assembler
-from bmm.evaluation.objectives import Gains
 from bmm.prediction import StoredWeights
 from bmm.search.outcome import Outcome
+from bmm.search.rows import GainsByTask
 from bmm.search.setting import Setting
 from bmm.stages.assembling import assembler_of, module_groups
 from bmm.stages.objective import Objective
@@ -72,7 +72,7 @@ def forget(search: str) -> None:
 
 def as_outcome(values: Mapping[str, Any]) -> Outcome:
     """Return the outcome that a worker has answered."""
-    found: Mapping[str, Gains] | None = None
+    found: GainsByTask | None = None
     if values["gains"] is not None:
         found = {task: np.asarray(rows, dtype=np.float64) for task, rows in values["gains"].items()}
     return Outcome(values["objective"], values["tasks"], values["variance"], values["seen"], found)

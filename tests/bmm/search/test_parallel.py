@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from bmm.errors import DataError
-from bmm.search.outcome import Gains, Outcome
+from bmm.search.outcome import Outcome
 from bmm.search.plan import Plan
+from bmm.search.rows import GainsByTask
 from bmm.search.run import search
 from bmm.search.setting import Setting
 from bmm.search.settings import Searcher
@@ -31,7 +32,7 @@ SPACE = Space(("attention", "mlp"), (-4.0, 2.0), (0.5, 1.5))
 TRIALS = 16
 
 
-def measure(settings: Mapping[str, Setting], rival: Gains | None = None) -> Outcome:
+def measure(settings: Mapping[str, Setting], rival: GainsByTask | None = None) -> Outcome:
     value = -sum(abs(min(setting.lam, 50.0) - 0.3) + abs(setting.gamma - 1.1) for setting in settings.values())
     # Rows that are hard for every setting, and some that are a little harder for one than for another.
     odd = np.array([1.0, -1.0] * 12)
@@ -49,7 +50,7 @@ class Slow:
         self.most = 0
         self.begun = 0
 
-    def __call__(self, settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def __call__(self, settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         with self._lock:
             pause = self._pauses[self.begun % len(self._pauses)]
             self.begun += 1
@@ -78,7 +79,7 @@ def test_a_straggler_does_not_hold_the_others_up(tmp_path: Path) -> None:
     gate = threading.Event()
     others: list[int] = []
 
-    def evaluate(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def evaluate(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         if all(setting.lam == float("inf") for setting in settings.values()):
             # The anchor waits until two others have been measured beside it.
             assert gate.wait(60)
@@ -95,7 +96,7 @@ def test_a_straggler_does_not_hold_the_others_up(tmp_path: Path) -> None:
 def test_a_users_mistake_ends_the_search_and_keeps_what_is_finished(tmp_path: Path) -> None:
     begun: list[int] = []
 
-    def evaluate(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def evaluate(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         begun.append(1)
         if len(begun) == 5:
             raise DataError("the split is empty")

@@ -8,9 +8,10 @@ from pathlib import Path
 import optuna
 import pytest
 
-from bmm.search.outcome import Gains, Outcome
+from bmm.search.outcome import Outcome
 from bmm.search.plan import Plan, trial_seed
 from bmm.search.region import as_point
+from bmm.search.rows import GainsByTask
 from bmm.search.run import search
 from bmm.search.setting import Setting
 from bmm.search.settings import Searcher
@@ -20,7 +21,7 @@ from bmm.search.study import Study
 SPACE = Space(("attention", "mlp"), (-4.0, 2.0), (0.5, 1.5))
 
 
-def measure(settings: Mapping[str, Setting], rival: Gains | None = None) -> Outcome:
+def measure(settings: Mapping[str, Setting], rival: GainsByTask | None = None) -> Outcome:
     point = SPACE.encode(settings)
     return Outcome(-sum((value - 0.3) ** 2 for value in point), {})
 

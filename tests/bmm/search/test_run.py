@@ -21,8 +21,9 @@ import pytest
 
 from bmm.errors import BMMError, ClusterError, DataError
 from bmm.progress import reporting
-from bmm.search.outcome import Evaluate, Gains, Outcome
+from bmm.search.outcome import Evaluate, Outcome
 from bmm.search.plan import Plan
+from bmm.search.rows import GainsByTask
 from bmm.search.run import Found, search
 from bmm.search.setting import Setting
 from bmm.search.space import Space
@@ -34,7 +35,7 @@ IDENTITY = {"seed": 0}
 TRIALS = 16
 
 
-def measure(settings: Mapping[str, Setting], rival: Gains | None = None) -> Outcome:
+def measure(settings: Mapping[str, Setting], rival: GainsByTask | None = None) -> Outcome:
     """A smooth bump over six dimensions with its top, 1, at OPTIMUM."""
     cost = {}
     for group, (exponent, gamma) in OPTIMUM.items():
@@ -50,7 +51,7 @@ class Counted:
     def __init__(self) -> None:
         self.asked: list[dict[str, Setting]] = []
 
-    def __call__(self, settings: Mapping[str, Setting], rival: Gains | None = None) -> Outcome:
+    def __call__(self, settings: Mapping[str, Setting], rival: GainsByTask | None = None) -> Outcome:
         self.asked.append(dict(settings))
         return measure(settings, rival)
 
@@ -157,7 +158,7 @@ def test_bayesian_trials_beat_the_first_design(tmp_path: Path) -> None:
 def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None:
     calls = Counted()
 
-    def fragile(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def fragile(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         outcome = calls(settings)
         match len(calls.asked):
             case 2:
@@ -189,7 +190,7 @@ def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
     planned(measure, study, 2)
     for error in (DataError("the split is empty"), KeyError("bug")):
 
-        def broken(settings: Mapping[str, Setting], rival: Gains | None, error: Exception = error) -> Outcome:
+        def broken(settings: Mapping[str, Setting], rival: GainsByTask | None, error: Exception = error) -> Outcome:
             raise error
 
         with pytest.raises(type(error)):
@@ -199,7 +200,7 @@ def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("outcome", [ClusterError("no worker left"), Outcome(math.nan, {})])
 def test_without_the_anchor_there_is_no_search(tmp_path: Path, outcome: Exception | Outcome) -> None:
-    def broken(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def broken(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -212,7 +213,7 @@ def test_without_the_anchor_there_is_no_search(tmp_path: Path, outcome: Exceptio
 
 
 def test_the_result_is_never_below_the_anchor(tmp_path: Path) -> None:
-    def only_the_anchor(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def only_the_anchor(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         return Outcome(float(all(math.isinf(setting.lam) for setting in settings.values())), {})
 
     assert planned(only_the_anchor, a_study(tmp_path), 11).best.settings == SPACE.anchor()
@@ -280,7 +281,7 @@ def test_importing_the_search_does_not_import_torch() -> None:
 def _stuck_search(log: str, marker: str, evaluation: str) -> None:
     count = 0
 
-    def stuck(settings: Mapping[str, Setting], rival: Gains | None) -> Outcome:
+    def stuck(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         nonlocal count
         if count == int(evaluation):
             Path(marker).touch()
