@@ -76,6 +76,7 @@ def documents(references: Mapping[str, Answers], found: Sequence[Found]) -> list
         "data_free": True,
         "seeded": False,
         "chosen_on_validation": False,
+        "aimed": False,
         "merged": False,
     }
     rows = [
@@ -90,6 +91,7 @@ def documents(references: Mapping[str, Answers], found: Sequence[Found]) -> list
             "data_free": row.data_free,
             "seeded": row.seeded,
             "chosen_on_validation": row.chosen,
+            "aimed": row.aimed,
             "merged": True,
         }
         models = [f"{index}/{draw}" for draw in range(len(method.answers))]
@@ -117,11 +119,10 @@ def targets(rows: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]
         )
 
     best = max(anchors, key=share.__getitem__, default=None)
-    for name in (name for name in share if name.startswith("propagated")):
-        if name in share:
-            aim(name, least, f"{least:.0%} of the experts")
-            if best:
-                aim(name, share[best] + margin, f"{100 * margin:g} points above {best}, the best anchor")
+    for name in (row["method"] for row in rows if row["aimed"]):
+        aim(name, least, f"{least:.0%} of the experts")
+        if best:
+            aim(name, share[best] + margin, f"{100 * margin:g} points above {best}, the best anchor")
     if "module-wise, searched" in share and best:
         aim("module-wise, searched", share[best], f"{best}, the best anchor")
     best = max(peers & free, key=share.__getitem__, default=None)

@@ -136,16 +136,31 @@ def test_a_row_that_is_not_there_is_told(pico: Path, capsys: pytest.CaptureFixtu
 
 
 def row(
-    method: str, share: float, *, ours: bool = False, anchor: bool = False, data_free: bool = False
+    method: str,
+    share: float,
+    *,
+    ours: bool = False,
+    anchor: bool = False,
+    data_free: bool = False,
+    aimed: bool = False,
 ) -> dict[str, Any]:
     return {
         "method": method,
         "ours": ours,
         "anchor": anchor,
         "data_free": data_free,
+        "aimed": aimed,
         "merged": True,
         "share_of_experts": {"mean": share},
     }
+
+
+def test_what_is_aimed_at_is_asked_of_the_walk_over_all_tokens_at_any_strength() -> None:
+    assert [row.method for row in rows.rows(4) if row.aimed] == [
+        "propagated",
+        "propagated, λ by held-out rows",
+        "propagated, searched",
+    ]
 
 
 def test_targets_are_held_against_anchors_and_what_needs_no_data_against_all_that_needs_none() -> None:
@@ -155,7 +170,10 @@ def test_targets_are_held_against_anchors_and_what_needs_no_data_against_all_tha
         # No anchor, but a method without data all the same.
         row("somebody's", 0.95, data_free=True),
         row("RegMean++", 0.99),
-        row("propagated", 0.985, ours=True),
+        row("propagated", 0.985, ours=True, aimed=True),
+        # Tried beside it: reported, not judged.
+        row("propagated, 16 tokens a sequence", 0.98, ours=True),
+        row("lead: LayerNorms too", 0.98, ours=True),
         row("module-wise, searched", 0.965, ours=True),
         row("ours without data", 0.96, ours=True, data_free=True),
     ]
