@@ -19,8 +19,6 @@ from bmm.digest import digest_file
 from bmm.disk import explained
 from bmm.document import SCHEMA
 from bmm.errors import OutputError
-from bmm.report.card import model_card
-from bmm.report.page import report_page
 from bmm.store import Artefact
 from bmm.stores.manifest import MANIFEST
 
@@ -90,6 +88,10 @@ def rewrite_report(output: Path, document: Mapping[str, Any]) -> None:
 
 def told(document: Mapping[str, Any]) -> dict[str, str]:
     """Return what lies beside a merged model and tells of its run: texts by the names of their files."""
+    # Drawing takes long to import, and most who import this module have nothing to write yet, or at all.
+    from bmm.report.card import model_card
+    from bmm.report.page import report_page
+
     return {
         "merge.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": report_page(document),

@@ -10,7 +10,6 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from bmm.nightly.resolved import Resolved
 from bmm.pipeline import Merge
-from bmm.report.figures import figures, png
 from bmm.report.night import night_markdown
 
 
@@ -21,6 +20,9 @@ def show_inputs(resolved: Resolved) -> None:
 
 def show_figures(merge: Merge) -> None:
     """Show the report's figures, each as an image within the text."""
+    # A night without a merge draws nothing, and need not wait for what draws.
+    from bmm.report.figures import figures, png
+
     shown = [
         f"![{name}](data:image/png;base64,{b64encode(png(name, merge.document)).decode('ascii')})"
         for name in figures(merge.document)

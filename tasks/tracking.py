@@ -24,7 +24,6 @@ from bmm.errors import ArtefactDamagedError, BMMError
 from bmm.pipeline import Merge
 from bmm.progress import progress
 from bmm.publication import told
-from bmm.report.figures import figures, png
 from bmm.report.findings import opening
 from bmm.runs import Run
 from bmm.store import Artefact, Store
@@ -228,6 +227,9 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
 
 
 def _log_artifacts(client: Any, run_id: str, document: Mapping[str, Any], model: Artefact) -> None:
+    # What draws takes long to import, and most nights have nothing to draw.
+    from bmm.report.figures import figures, png
+
     with tempfile.TemporaryDirectory(prefix="bmm-mlflow-") as folder:
         for name in figures(document):
             (Path(folder) / f"{name}.png").write_bytes(png(name, document))

@@ -17,7 +17,7 @@ from tasks.champions import Champions
 
 Command = Callable[..., Answer]
 LENIENT = {"gate": {"gain": -1, "loss": 1, "certainty": 0}}
-HEAVY = ("torch", "transformers", "distributed", "prefect")
+HEAVY = ("torch", "transformers", "distributed", "prefect", "matplotlib")
 LOADED = f"import json\nheavy = [name for name in {HEAVY} if name in sys.modules]\n"
 LOADED += "print('LOADED', json.dumps(heavy), file=sys.stderr)"
 
