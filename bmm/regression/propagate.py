@@ -21,7 +21,7 @@ is done with the moments is the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -33,8 +33,9 @@ from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
 from bmm.modules.tokens import Sample, Tokens
 from bmm.modules.units import Unit, layers_of, units_of
-from bmm.modules.watch import Addition, Observer, Product, Reached, Site, Watch
+from bmm.modules.watch import Observer, Reached, Watch
 from bmm.regression.moments import Moments, TaskSums
+from bmm.regression.passes import Answers, Inputs, Step
 
 SMALLEST_SCALE = 0.05
 """Where a layer scales a channel by less before adding it, the drift is not divided by it: noise would win."""
@@ -74,7 +75,7 @@ class Walk:
         self._prior = prior
         self._weight = weight
         self._tasks = [
-            [_Step(batch, Tokens(batch, sample, place)) for place, batch in enumerate(task)] for task in batches
+            [Step(batch, Tokens(batch, sample, place)) for place, batch in enumerate(task)] for task in batches
         ]
         self._held_out = held_out
         self.units = units_of(maps)
@@ -238,7 +239,7 @@ class Walk:
                 if map_.index is not None
             }
             for step in steps:
-                seen = _Answers(unit.maps, to_the_end=layer is not None)
+                seen = Answers(unit.maps, to_the_end=layer is not None)
                 with nullcontext() if layer is not None else self._of_expert.passing(self._of(task)):
                     step.beyond = self._run(seen, self._expert, unit, step, step.expert)
                 step.answers, step.totals, step.routed = seen.answers(), seen.totals(), routed
@@ -247,9 +248,9 @@ class Walk:
         """Return the layer of the chain that a unit is, or None."""
         return unit.prefix if unit.prefix in self._layers else None
 
-    def _rows(self, unit: Unit, members: Sequence[LinearMap], step: _Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def _rows(self, unit: Unit, members: Sequence[LinearMap], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the merged model's rows `(rows, in)` at a group, and the targets `(rows, out)` of its maps."""
-        seen = _Inputs(members)
+        seen = Inputs(members)
         with nullcontext() if self._layer(unit) is not None else self._of_merged.passing(self._prior):
             self._run(seen, self._merged, unit, step, step.merged)
         inputs = seen.inputs()
@@ -268,7 +269,7 @@ class Walk:
                 targets[name] = step.answers[name]
         return inputs, targets
 
-    def _run(self, observer: Observer, encoder: nn.Module, unit: Unit, step: _Step, hidden: Tensor) -> Tensor | None:
+    def _run(self, observer: Observer, encoder: nn.Module, unit: Unit, step: Step, hidden: Tensor) -> Tensor | None:
         """Run one unit under a watch; None if the pass was ended early or the unit is no layer of a chain."""
         watch = Watch(encoder, observer, step.tokens)
         try:
@@ -285,113 +286,3 @@ class Walk:
         except Reached:
             pass
         return None
-
-
-class _Step:
-    """One batch of one task: the hidden states that it has reached, and what its expert answered in this unit."""
-
-    def __init__(self, batch: Batch, tokens: Tokens) -> None:
-        self.batch = batch
-        self.tokens = tokens
-        self.expert_calls: dict[str, Call] = {}
-        self.merged_calls: dict[str, Call] = {}
-        self.expert = self.merged = torch.empty(0)
-        self.beyond: Tensor | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """Let go of the last unit's answers."""
-        self.answers: dict[str, Tensor] = {}
-        self.totals: dict[str, Tensor] = {}
-        self.routed: Mapping[str, Tensor] = {}
-
-
-class _Answers(Observer):
-    """What an expert answers in a unit; ends the pass when it has, unless it is to run to the end."""
-
-    def __init__(self, maps: Sequence[LinearMap], *, to_the_end: bool) -> None:
-        self._maps = {map_.site: map_ for map_ in maps if map_.index is None}
-        self._left = _events(maps) if not to_the_end else 0
-        self._products: dict[Site, Product] = {}
-        self._answers: dict[str, list[Tensor]] = {}
-        self._totals: dict[str, list[Tensor]] = {}
-
-    def answered(self, product: Product, output: Tensor) -> None:
-        map_ = self._maps.get(product.site)
-        if map_ is not None:
-            self._products[product.site] = product
-            # Copied: what comes after may change it in place.
-            self._answers.setdefault(map_.module, []).append(product.kept(output).clone())
-            self._count()
-
-    def added(self, addition: Addition) -> None:
-        map_ = self._maps.get(addition.site)
-        if map_ is not None and map_.stream:
-            rows = self._products[addition.site].kept(addition.total).clone()
-            self._totals.setdefault(map_.module, []).append(rows)
-            self._count()
-
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise Reached
-
-    def answers(self) -> dict[str, Tensor]:
-        """Return the answers `(rows, out)` by map."""
-        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in self._answers.items()}
-
-    def totals(self) -> dict[str, Tensor]:
-        """Return the residual stream `(rows, out)` after each map that writes to it."""
-        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in self._totals.items()}
-
-
-def _events(maps: Sequence[LinearMap]) -> int:
-    """Return how often maps fire, and are added to the stream, in one pass; of a mixture's experts nobody knows."""
-    return sum(map_.fires * (2 if map_.stream else 1) for map_ in maps if map_.index is None)
-
-
-class _Inputs(Observer):
-    """What the merged model feeds to the maps of one group, and the stream that they will be added to.
-
-    Ends the pass when each map has fired, and been added, as often as it does.
-    """
-
-    def __init__(self, members: Sequence[LinearMap]) -> None:
-        self._first = members[0]
-        self._maps = {map_.site: map_ for map_ in members}
-        self._left = _events(members)
-        self._products: dict[Site, Product] = {}
-        self._inputs: list[Tensor] = []
-        self._streams: dict[str, list[Tensor]] = {}
-
-    def read(self, product: Product) -> None:
-        if product.site in self._maps:
-            self._products[product.site] = product
-            if product.site == self._first.site:
-                self._inputs.append(product.kept(product.rows))
-            self._count()
-
-    def added(self, addition: Addition) -> None:
-        map_ = self._maps.get(addition.site)
-        if map_ is not None and map_.stream:
-            rows = self._products[addition.site].kept(addition.stream).clone()
-            self._streams.setdefault(map_.module, []).append(rows)
-            self._count()
-
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise Reached
-
-    def inputs(self) -> Tensor:
-        """Return the rows `(rows, in)`; none where no token was sent to this expert of a mixture."""
-        if not self._inputs:
-            if self._first.index is None:
-                raise BMMError(f"the map {self._first.module} was not reached by a calibration row")
-            return torch.empty(0, self._first.inputs)
-        return torch.cat(self._inputs) if len(self._inputs) > 1 else self._inputs[0]
-
-    def stream(self, map_: LinearMap) -> Tensor:
-        """Return the residual stream `(rows, out)` before a map's answer is added to it."""
-        parts = self._streams[map_.module]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
