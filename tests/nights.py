@@ -85,9 +85,9 @@ def compute_here(monkeypatch: pytest.MonkeyPatch) -> None:
         "bmm.stages.grams.run_all", lambda _, function, requests, *__, **___: [function(dict(one)) for one in requests]
     )
     cluster = SimpleNamespace(count=lambda: 1, everywhere=lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr("bmm.stages.propagation.workers", lambda _: nullcontext(cluster))
+    monkeypatch.setattr("bmm.stages.walker.workers", lambda _: nullcontext(cluster))
     monkeypatch.setattr(
-        "bmm.stages.propagation.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
+        "bmm.stages.walker.run_all", lambda _, function, requests, **__: [function(one) for one in requests]
     )
 
 

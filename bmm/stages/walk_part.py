@@ -5,7 +5,7 @@ were solved as the store says. A worker keeps the share that it had last, with i
 activations where they are, and carries it on; a worker that has never seen it, or has fallen behind, catches up. So
 a worker may die at any time, and no state is lost with it.
 
-The walk itself is `bmm.regression.propagate`; who asks, solves and sums is `bmm.stages.propagation`.
+The walk itself is `bmm.regression.propagate`; who asks, sums and solves is `bmm.stages.walker`.
 """
 
 from __future__ import annotations
