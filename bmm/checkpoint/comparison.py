@@ -1,6 +1,6 @@
 """How a base and its experts fit together: names, shapes and dtypes compared before any work.
 
-What comes of it is a `bmm.checkpoint.layout.Layout`.
+What comes of it is a `bmm.checkpoint.layout.Layout`. Which stored name is whose is `bmm.checkpoint.canonical`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bmm.checkpoint.architecture import Architecture, encoder_names
+from bmm.checkpoint.architecture import Architecture
+from bmm.checkpoint.canonical import canonical_names, tied_names
 from bmm.checkpoint.layout import Layout, SharedParameter, dotted
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.tensors import TensorInfo
@@ -46,7 +47,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
     for expert, checkpoint in experts.items():
         own, wanted = (architectures[expert].encoder_config(one.config) for one in (checkpoint, base))
         _check_config(expert, own, wanted)
-    tied = _tied(base, experts, architectures)
+    tied = tied_names(base, experts, architectures)
     base_names, copies = canonical_names(base, prefix, tied)
     expert_names: dict[str, dict[str, str]] = {}
     copied: dict[str, set[str]] = {}
@@ -112,65 +113,6 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
         copies=kept,
         unmatched=tuple(unmatched),
     )
-
-
-def canonical_names(
-    checkpoint: Checkpoint, prefix: str, tied: Sequence[Sequence[str]]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return canonical name -> stored name of the encoder's tensors, a tied one under its group's first name alone.
-
-    Also returns the stored names that repeat one of them -> its canonical name; any one of a group is enough.
-
-    Args:
-        checkpoint: the checkpoint.
-        prefix: the task models' name for their encoder.
-        tied: groups of names in the task models.
-
-    Raises:
-        CheckpointError: the names of one tied parameter hold different values.
-    """
-    names = encoder_names(checkpoint, prefix)
-    heads = {name: name for name in set(checkpoint.names()) - set(names.values())}
-    copies: dict[str, str] = {}
-    for group in tied:
-        inside = [name.removeprefix(dotted(prefix)) for name in group if name.startswith(dotted(prefix))]
-        places = [names[name] for name in inside if name in names] + [heads[name] for name in group if name in heads]
-        if not inside or not places:
-            continue
-        for other in places[1:]:
-            if not _equal(checkpoint, places[0], other):
-                raise CheckpointError(
-                    f"{checkpoint.path} has different values under '{places[0]}' and '{other}', which its architecture "
-                    "ties to each other; untie no weights when fine-tuning, or save the model again"
-                )
-            copies[other] = inside[0]
-        for name in inside:
-            names.pop(name, None)
-        names[inside[0]] = places[0]
-    return names, copies
-
-
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    import torch
-
-    return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
-
-
-def _tied(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: Mapping[str, Architecture]
-) -> tuple[tuple[str, ...], ...]:
-    """Return the groups of names that every expert's model ties as the base does."""
-    found: dict[tuple[str, ...], None] = {}
-    for expert, checkpoint in experts.items():
-        wanted, own = set(architectures[expert].tied(base)), set(architectures[expert].tied(checkpoint))
-        for names in sorted(wanted ^ own):
-            verbs = ("ties", "keeps apart") if names in own else ("keeps apart", "ties")
-            raise CheckpointError(
-                f"expert '{expert}' {verbs[0]} '{names[0]}' and '{names[-1]}', which the base {verbs[1]}; fine-tune it "
-                "with the base's own tie_word_embeddings"
-            )
-        found |= dict.fromkeys(sorted(own))
-    return tuple(found)
 
 
 def _own_rows(

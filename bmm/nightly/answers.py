@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bmm.checkpoint.comparison import canonical_names
+from bmm.checkpoint.canonical import canonical_names
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.vocabulary import EXTRA
 from bmm.errors import CheckpointError

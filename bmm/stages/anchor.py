@@ -17,7 +17,7 @@ from bmm.anchors.pieces import merge_tensor
 from bmm.anchors.registry import build as build_anchor
 from bmm.anchors.settings import AnchorSettings, FisherSettings, ScaledSettings
 from bmm.anchors.task_vectors import ScaledAnchor
-from bmm.checkpoint.comparison import canonical_names
+from bmm.checkpoint.canonical import canonical_names
 from bmm.checkpoint.tensors import TensorInfo, dtype_name, is_float, torch_dtype
 from bmm.checkpoint.writer import MAX_SHARD_BYTES, write_weights
 from bmm.digest import digest_json
