@@ -1,7 +1,8 @@
 """Scores, shares of the experts, and how sure one can be of them.
 
 Lives here: figures computed from the statistics of rows, whatever the metric. Does not live here: the metrics
-(`bmm.evaluation.scores`), running models (`bmm.evaluation.model`) and drawing the figures (`bmm.report`).
+(`bmm.evaluation.scores`), running models (`bmm.evaluation.model`) and the figures as merge.json has them
+(`bmm.evaluation.summary`).
 
 Two summaries over tasks look alike and are not: the table reports `share_of_experts`, the ratio of means; the
 search maximises `mean_ratio_to_expert`, the mean of ratios, so that a task on which everybody is poor counts
@@ -10,8 +11,8 @@ as much as any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,15 +70,6 @@ class Interval:
     def document(self) -> list[float]:
         """Return `[low, high]`."""
         return [self.low, self.high]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table of methods: its model's key among the arrays, its name and its settings."""
-
-    model: str
-    method: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def share_of_experts(model: Mapping[str, float], expert: Mapping[str, float]) -> float:
@@ -163,84 +155,6 @@ class Bootstrap:
         return Interval(float(low), float(high))
 
 
-def summarise(measured: Measurements, *, samples: int, seed: int, confidence: float) -> dict[str, Any]:
-    """Return the `metrics` part of merge.json for one split: one entry a task, and `mean` over tasks.
-
-    Args:
-        measured: needs the models base, expert, anchor and merged for every task; others are left out.
-        samples: bootstrap resamples.
-        seed: of the bootstrap.
-        confidence: of the intervals.
-
-    Raises:
-        BMMError: an array is missing or of another length, or a task is called "mean".
-        DataError: the experts' mean is not above 0.
-    """
-    names = ("base", "expert", "anchor", "merged")
-    if "mean" in measured:
-        raise BMMError("a task cannot be called 'mean', which is where the means over tasks stand; rename the expert")
-    measured = {task: _picked(models, names, task) for task, models in measured.items()}
-    bootstrap = Bootstrap(measured, samples=samples, seed=seed, confidence=confidence)
-    exact = _scores(measured, names)
-    metrics: dict[str, Any] = {
-        task: {
-            "metric": models["expert"].metric.name,
-            "rows": len(models["expert"]),
-            **{name: exact[name][task] for name in names},
-            "intervals": {name: bootstrap.score(task, name).document() for name in names},
-            **_also({name: models[name].also for name in names}),
-        }
-        for task, models in measured.items()
-    }
-    compared = ("base", "anchor", "merged")
-    metrics["mean"] = {
-        **{name: float(np.mean(list(exact[name].values()))) for name in names},
-        "share_of_experts": {name: share_of_experts(exact[name], exact["expert"]) for name in compared},
-        "intervals": {"share_of_experts": {name: bootstrap.share_of_experts(name).document() for name in compared}},
-    }
-    return metrics
-
-
-def method_rows(
-    measured: Measurements, methods: Sequence[Method], *, samples: int, seed: int, confidence: float
-) -> list[dict[str, Any]]:
-    """Return the `methods` rows of merge.json: base, experts, `methods` in order, last the merged model.
-
-    Args:
-        measured: needs base, expert, merged and the model of each of `methods` for every task.
-        methods: the rows between the experts and the merged model.
-        samples: bootstrap resamples.
-        seed: of the bootstrap.
-        confidence: of the intervals.
-
-    Raises:
-        BMMError: an array is missing or of another length.
-        DataError: the experts' mean is not above 0.
-    """
-    rows = [Method("base", "base"), Method("expert", "experts"), *methods, Method("merged", "merged")]
-    names = tuple(dict.fromkeys(row.model for row in rows))
-    measured = {task: _picked(models, names, task) for task, models in measured.items()}
-    bootstrap = Bootstrap(measured, samples=samples, seed=seed, confidence=confidence)
-    exact = _scores(measured, names)
-    document = []
-    for row in rows:
-        interval = bootstrap.share_of_experts(row.model)
-        document.append(
-            {
-                "method": row.method,
-                "settings": dict(row.settings),
-                "tasks": exact[row.model],
-                "mean": float(np.mean(list(exact[row.model].values()))),
-                "share_of_experts": {
-                    "mean": share_of_experts(exact[row.model], exact["expert"]),
-                    "low": interval.low,
-                    "high": interval.high,
-                },
-            }
-        )
-    return document
-
-
 def resampled_counts(rows: int, task: str, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """Yield how often each row of a task comes in each resample, `(some, rows)`, until there were `samples`.
 
@@ -277,27 +191,6 @@ def _share_of_means(model: Any, expert: Any) -> Any:
 
 def _column(values: Mapping[str, float], tasks: Iterable[str]) -> NDArray[np.float64]:
     return np.array([values[task] for task in tasks], dtype=np.float64)
-
-
-def _scores(measured: Measurements, names: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Return model -> task -> score."""
-    return {name: {task: models[name].score for task, models in measured.items()} for name in names}
-
-
-def _also(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Turn model -> figure -> value round, into figure -> model -> value."""
-    turned: dict[str, dict[str, float]] = {}
-    for model, values in figures.items():
-        for name, value in values.items():
-            turned.setdefault(name, {})[model] = value
-    return turned
-
-
-def _picked(models: Mapping[str, Measured], names: Iterable[str], task: str) -> dict[str, Measured]:
-    missing = [name for name in names if name not in models]
-    if missing:
-        raise BMMError(f"the task {task} has no result of the model '{missing[0]}'")
-    return {name: models[name] for name in names}
 
 
 def _check(measured: Measurements) -> None:

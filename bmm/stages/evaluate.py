@@ -17,7 +17,8 @@ import torch
 from bmm.anchors.settings import AnchorSettings, ScaledSettings, of_method
 from bmm.digest import digest_json
 from bmm.errors import RecipeError
-from bmm.evaluation.metrics import Bootstrap, Measured, Method, method_rows, share_of_experts, summarise
+from bmm.evaluation.metrics import Bootstrap, Measured, share_of_experts
+from bmm.evaluation.summary import Method, method_rows, summarise
 from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import EvaluationSettings, Recipe
 from bmm.sources import Inputs, Model
