@@ -2,7 +2,7 @@
 
 `BMMError` is the root; `UserError` and its subclasses are the user's mistakes, each one sentence that names the
 file, key or tensor and says what to do (the command line prints it and exits with 2). Anything else is a fault of
-the machine or of ours (exit 1).
+the machine or of ours (exit 1); `one_line` is for telling of a library's within one of these.
 """
 
 from __future__ import annotations
@@ -46,3 +46,8 @@ class DataError(UserError):
 
 class OutputError(UserError):
     """The output folder or the store cannot be written: permissions, disk space, somebody else's files."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error of a library says, on one line of 300 characters at most; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

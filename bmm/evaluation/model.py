@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from bmm.checkpoint.architecture import Architecture
-from bmm.errors import BMMError, CheckpointError
+from bmm.errors import BMMError, CheckpointError, one_line
 from bmm.evaluation.tokens import quiet_transformers
 
 # Said of the file that a configuration came from; refused or without meaning when one is built from values.
@@ -259,7 +259,7 @@ def build_module(config: Mapping[str, Any], architecture: Architecture, task: st
                 settings, dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:
-        reason = "it has no model_type" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        reason = "it has no model_type" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(
             f"the config.json of {task} does not describe a model that transformers has as a {architecture.noun}: "
             f"{reason}"

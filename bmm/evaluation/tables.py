@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bmm.errors import DataError
+from bmm.errors import DataError, one_line
 from bmm.hub import hub_id
 from bmm.kinds.settings import SplitSource
 
@@ -245,8 +245,7 @@ def _reason(error: BaseException) -> str:
     """Return the innermost cause in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
-    return text[:300] or type(error).__name__
+    return one_line(error)
 
 
 @contextmanager

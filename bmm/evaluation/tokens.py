@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bmm.errors import CheckpointError
+from bmm.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
     from bmm.kinds.texts import TextRow
@@ -89,8 +89,7 @@ def load_tokenizer(folder: Path, *, padding: bool = True) -> Any:
                 str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
     if padding and tokenizer.pad_token_id is None:
         raise CheckpointError(f"the tokenizer in {folder} has no padding token; set pad_token and save it again")
     return tokenizer

@@ -18,7 +18,7 @@ import transformers
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bmm.errors import CheckpointError, DataError
+from bmm.errors import CheckpointError, DataError, one_line
 from bmm.evaluation.data import Columns
 from bmm.evaluation.tokens import quiet_transformers
 from bmm.kinds.files import file_bytes, processor_folder
@@ -85,7 +85,7 @@ def decoded_images(columns: Columns, labels: Sequence[int], folder: Path) -> tup
         try:
             pixels = digest_pixels(_decode(data))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{spot} has an image that cannot be decoded: {_one_line(error)}; replace it") from None
+            raise DataError(f"{spot} has an image that cannot be decoded: {one_line(error)}; replace it") from None
         rows.append(ImageRow(pixels, label, data))
     return tuple(rows)
 
@@ -166,7 +166,7 @@ class PreparedImages:
             processed = self._processor(images=[row.decoded() for row in rows], return_tensors="pt")
             values: Tensor = processed["pixel_values"].to(torch.float32)
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self._task}: the image processor cannot take the images: {_one_line(error)}") from error
+            raise DataError(f"{self._task}: the image processor cannot take the images: {one_line(error)}") from error
         return values
 
 
@@ -188,7 +188,7 @@ def load_processor(folder: Path) -> Any:
                 str(folder), local_files_only=True, trust_remote_code=False, backend="pil"
             )
     except Exception as error:
-        raise CheckpointError(f"the image processor in {folder} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"the image processor in {folder} cannot be read: {one_line(error)}") from error
 
 
 def _expected_size(config: Any) -> tuple[int, int] | None:
@@ -209,7 +209,3 @@ def _decode(data: bytes) -> Image.Image:
         # As transformers itself opens images.
         upright: Image.Image = ImageOps.exif_transpose(image).convert("RGB")
         return upright
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -26,7 +26,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from bmm.errors import DataError
+from bmm.errors import DataError, one_line
 from bmm.evaluation.data import read_documents
 from bmm.evaluation.tables import opened
 from bmm.evaluation.tokens import quiet_transformers
@@ -309,9 +309,9 @@ def _explained(spot: str, number: int, file: TaskFile) -> Iterator[None]:
     try:
         yield
     except _MISTAKES as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"{spot}: row {number} cannot be put into words as {file.where} says: {reason}; correct the file or the row"
+            f"{spot}: row {number} cannot be put into words as {file.where} says: {one_line(error)}; correct the file "
+            "or the row"
         ) from error
 
 
@@ -321,8 +321,7 @@ def _judged(task: str, text: str) -> Iterator[None]:
     try:
         yield
     except _MISTAKES as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
             f"{task}: the filters or metrics of the lm-eval task do not take the answers, from that to {text[-60:]!r} "
-            f"on: {reason}; correct the task's file"
+            f"on: {one_line(error)}; correct the task's file"
         ) from error

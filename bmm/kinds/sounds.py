@@ -22,7 +22,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bmm.errors import CheckpointError, DataError
+from bmm.errors import CheckpointError, DataError, one_line
 from bmm.evaluation.data import Columns
 from bmm.evaluation.tokens import quiet_transformers
 from bmm.kinds.files import file_bytes, processor_folder
@@ -112,7 +112,7 @@ def decoded_sounds(columns: Columns, labels: Sequence[int], folder: Path) -> tup
         try:
             rows.append(SoundRow.of(data, label))
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{spot} has a sound that cannot be decoded: {_one_line(error)}; replace it") from None
+            raise DataError(f"{spot} has a sound that cannot be decoded: {one_line(error)}; replace it") from None
     return tuple(rows)
 
 
@@ -239,7 +239,7 @@ class PreparedSounds:
             processed = self._extractor(sounds, sampling_rate=rate, return_tensors="pt")
             found = {name: processed[name].to(torch.float32)}
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self._task}: the feature extractor cannot take the sounds: {_one_line(error)}") from None
+            raise DataError(f"{self._task}: the feature extractor cannot take the sounds: {one_line(error)}") from None
         mask = processed.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             found["attention_mask"] = mask
@@ -276,7 +276,7 @@ def load_extractor(folder: Path) -> Any:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:
-        raise CheckpointError(f"the feature extractor in {folder} cannot be read: {_one_line(error)}") from error
+        raise CheckpointError(f"the feature extractor in {folder} cannot be read: {one_line(error)}") from error
     if not isinstance(found, transformers.SequenceFeatureExtractor):
         raise CheckpointError(f"{folder / PROCESSOR} is no feature extractor of sounds; save the model's own there")
     return found
@@ -329,7 +329,3 @@ def _resampled(sound: NDArray[np.float32], own: int, rate: int) -> NDArray[np.fl
     common = math.gcd(own, rate)
     found: NDArray[np.float32] = resample_poly(sound, rate // common, own // common)
     return found.astype(np.float32, copy=False)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from bmm.checkpoint.architecture import Architecture
 from bmm.checkpoint.reader import Checkpoint
-from bmm.errors import CheckpointError, DataError
+from bmm.errors import CheckpointError, DataError, one_line
 from bmm.evaluation.model import TaskModel, build_module
 from bmm.evaluation.tokens import load_tokenizer, quiet_transformers
 from bmm.kinds.image_classification import ImageClassificationKind
@@ -144,7 +144,7 @@ def _text_side(base: Checkpoint) -> Any:
     except RuntimeError as error:
         raise CheckpointError(
             f"the base {base.path} has tensors of other shapes than its config.json describes "
-            f"({' '.join(str(error).split())[:300]}); save or download it again"
+            f"({one_line(error)}); save or download it again"
         ) from None
     if lost := sorted(name for name in missing if not name.startswith("vision_model.")):
         raise CheckpointError(f"the base {base.path} lacks the tensor {lost[0]} of a CLIP model; name a whole one")
