@@ -15,6 +15,7 @@ from benchmarks.peers import Peer
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings, Method, ScaledSettings
+from bmm.report.findings import method_label
 
 Changes = Mapping[str, Any]
 Stage = Literal["experts", "grams", "anchor", "both", "search"]
@@ -25,19 +26,6 @@ LAMBDA = 0.1
 ANCHOR_ITSELF = 1e12
 # Tokens of each sequence where not all are kept.
 TOKENS = 16
-LABELS = {
-    "average": "average",
-    "ta": "task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "tsv": "TSV-M",
-    "iso-c": "Iso-C",
-    "iso-cts": "Iso-CTS",
-    "wudi": "WUDI, exact",
-    "regmean": "RegMean",
-    "fisher": "Fisher",
-    "ace": "ACE",
-}
 # Many steps or a gradient for each row.
 SLOW = ("WUDI, Adam", "Fisher")
 QUICK_PEERS = ("mergekit: TIES", "fusion-bench: RegMean++")
@@ -114,7 +102,7 @@ def sweep() -> list[Row]:
 def _published() -> list[Row]:
     """Return every anchor method at its published settings, which are the defaults."""
     methods: list[dict[str, Any]] = [{"method": name} for name in get_args(Method) if name != "checkpoint"]
-    return [_anchor(LABELS.get(said["method"], said["method"]), said) for said in methods]
+    return [_anchor(_label(said["method"]), said) for said in methods]
 
 
 def _peers() -> list[Row]:
@@ -147,9 +135,7 @@ def _scaled() -> list[Row]:
     """Return those that have a scale with the best one on the validation rows."""
     methods = [name for name in get_args(Method) if name != "checkpoint"]
     scaled = [name for name in methods if isinstance(_settings({"method": name}), ScaledSettings)]
-    return [
-        _anchor(f"{LABELS.get(name, name)}, best scale", {"method": name, "scale": "validation"}) for name in scaled
-    ]
+    return [_anchor(f"{_label(name)}, best scale", {"method": name, "scale": "validation"}) for name in scaled]
 
 
 def _anchor(label: str, said: dict[str, Any]) -> Row:
@@ -163,6 +149,11 @@ def _anchor(label: str, said: dict[str, Any]) -> Row:
         seeded=seeded,
         chosen=settings.chooses_scale,
     )
+
+
+def _label(method: str) -> str:
+    """Return a method's name in the table, where WUDI stands twice."""
+    return "WUDI, exact" if method == "wudi" else method_label(method)
 
 
 def _settings(said: dict[str, Any]) -> AnchorSettings:
