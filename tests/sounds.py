@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,13 @@ def sound(seed: int, seconds: float = SECONDS) -> NDArray[np.float32]:
     time = np.arange(round(seconds * RATE)) / RATE
     tone = 0.5 * np.sin(2 * np.pi * generator.uniform(100, 4000) * time)
     return np.round((tone + generator.uniform(-0.4, 0.4, len(time))) * 2**15).astype(np.float32) / 2**15
+
+
+def encoded(samples: Any, form: str = "WAV", rate: int = RATE, subtype: str = "PCM_16") -> bytes:
+    """Return samples `(frames,)` or `(frames, channels)` as the bytes of a file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=form, subtype=subtype)
+    return file.getvalue()
 
 
 def build_sounds(folder: Path, family: str, base_class: Any = transformers.AutoModel, **changes: Any) -> Path:

@@ -17,7 +17,8 @@ from bmm.evaluation.scores import CLASSIFICATION
 from bmm.kinds.files import read_files, write_files
 from bmm.kinds.interface import Kind
 from bmm.kinds.settings import AudioClassification, SplitSource
-from bmm.kinds.sounds import SoundReader, SoundRow, decoded_sounds, expected_size
+from bmm.kinds.sound_features import SoundReader, expected_size
+from bmm.kinds.sounds import SoundRow, decoded_sounds
 
 _SECOND = 16_000
 _FRAMES = 50
