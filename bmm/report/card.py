@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from bmm.kinds.settings import DEFAULT_KIND
-from bmm.report import findings
+from bmm.report import findings, notation
 from bmm.report.findings import Document
 from bmm.report.page import SOURCE_KEYS, environment, known, recipe_yaml, task_rows
 
@@ -41,7 +41,7 @@ def model_card(document: Document) -> str:
         "rows": task_rows(document, "test"),
         "shares": {role: findings.share(document, role) for role in ("base", "anchor", "merged")},
         "confidence": findings.confidence(document),
-        "anchor": findings.method_label(document.get("anchor", {}).get("method", "anchor")),
+        "anchor": notation.method_label(document.get("anchor", {}).get("method", "anchor")),
         "methods": findings.methods(document),
         "treatments": findings.treatments(document),
         "base": known(document.get("base") or {}, SOURCE_KEYS),

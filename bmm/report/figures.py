@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from bmm.errors import BMMError
-from bmm.report import findings
+from bmm.report import findings, notation
 from bmm.report.drawing import (
     COLOURS,
     GRID,
@@ -96,7 +96,7 @@ def task_bars(document: Document) -> Figure | None:
             axes.text(
                 end + 1.2,
                 middle,
-                f"{findings.number(value)} {role}",
+                f"{notation.number(value)} {role}",
                 va="center",
                 size=size,
                 color=INK if role == "merged" else MUTED,
@@ -147,7 +147,7 @@ def method_dots(document: Document) -> Figure | None:
     axes.set_yticks(range(len(rows)), [shorten(row.label, 34) for row in rows])
     values = axes.secondary_yaxis("right")
     shown = [
-        f"{findings.number(row.share)}" + (f"  ({findings.interval_text(row.interval)})" if row.interval else "")
+        f"{notation.number(row.share)}" + (f"  ({notation.interval_text(row.interval)})" if row.interval else "")
         for row in rows
     ]
     values.set_yticks(range(len(rows)), shown)

@@ -1,7 +1,8 @@
-"""What a merge.json says, in plain words: formatted numbers, rankings, warnings, one sentence a figure.
+"""What a merge.json says, in plain words: shares, rankings, warnings, the sentence that a report opens with.
 
-Pure functions of the document; every sentence is computed from its numbers. No markup and no drawing here:
-the page, the card, the figures and the console table each present these findings in their own way.
+Pure functions of the document; every sentence is computed from its numbers, written as `bmm.report.notation` has them.
+No markup and no drawing here: the page, the card, the figures and the console table each present these findings in
+their own way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+from bmm.report import notation
 
 Document = Mapping[str, Any]
 Interval = tuple[float, float]
@@ -34,23 +37,6 @@ _SOURCES = {
     "artifact": "Gram matrices that were made elsewhere",
 }
 
-_LABELS = {
-    "base": "base model, experts' heads",
-    "experts": "experts, one a task",
-    "merged": "merged (this model)",
-    "average": "average",
-    "ta": "task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "tsv": "TSV-M",
-    "iso-c": "Iso-C",
-    "iso-cts": "Iso-CTS",
-    "wudi": "WUDI",
-    "regmean": "RegMean",
-    "fisher": "Fisher",
-    "ace": "ACE",
-    "checkpoint": "given checkpoint",
-}
 _NUMBERS = (
     "No",
     "One",
@@ -88,44 +74,6 @@ class TreatmentTotal:
     parameters: int
     weights: int
     share: float
-
-
-def number(value: float | None) -> str:
-    """Return a fraction as per cent with one decimal and no sign: `0.982` is "98.2"; None is a dash."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def percent(value: float | None) -> str:
-    """Return a fraction in 0..1 as per cent with its sign: "98.2 %"."""
-    return f"{number(value)} %"
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """Return an interval of fractions in per cent, "97.4–99.0", or nothing where there is none."""
-    return "" if interval is None else f"{number(interval[0])}–{number(interval[1])}"
-
-
-def percent_with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    """Return "98.2 % (97.4–99.0)", without the brackets where there is no interval."""
-    return percent(value) + (f" ({interval_text(interval)})" if interval is not None else "")
-
-
-def points(difference: float | None) -> str:
-    """Return a difference of fractions in signed percentage points: `-0.012` is "−1.2"."""
-    if difference is None:
-        return "–"
-    shown = f"{100 * difference:+.1f}".replace("-", "−")
-    return "0.0" if shown in ("+0.0", "−0.0") else shown
-
-
-def lambda_text(value: float | None) -> str:
-    """Return a prior strength to two digits; None, which stands for infinity, is "∞ (anchor)"."""
-    return "∞ (anchor)" if value is None else f"{value:.2g}"
-
-
-def method_label(method: str) -> str:
-    """Return the name that the literature uses for a method of merge.json."""
-    return _LABELS.get(method, method)
 
 
 def confidence(document: Document) -> str:
@@ -170,7 +118,7 @@ def methods(document: Document) -> list[MethodShare]:
         rows.append(
             MethodShare(
                 method=row["method"],
-                label=method_label(row["method"]),
+                label=notation.method_label(row["method"]),
                 settings=row.get("settings") or {},
                 mean=row.get("mean"),
                 share=found["mean"],
@@ -189,7 +137,7 @@ def best_anchor(document: Document) -> MethodShare | None:
     if value is None:
         return None
     name = document.get("anchor", {}).get("method", "anchor")
-    return MethodShare(name, method_label(name), {}, mean(document).get("anchor"), value, interval)
+    return MethodShare(name, notation.method_label(name), {}, mean(document).get("anchor"), value, interval)
 
 
 def metric_word(document: Document) -> str:
@@ -219,16 +167,17 @@ def opening(document: Document) -> str:
     value, interval = share(document, "merged")
     if value is None:
         return f"{start}." if tasks(document) else f"{start}. {unmeasured(document)}"
-    kept = percent_with_interval(value, interval)
+    kept = notation.percent_with_interval(value, interval)
     sentence = f"{start}: it keeps {kept} of their test {metric_word(document)}"
     anchor = best_anchor(document)
     if anchor is not None:
-        kept = percent_with_interval(anchor.share, anchor.interval)
+        kept = notation.percent_with_interval(anchor.share, anchor.interval)
         sentence += f"; the best anchor alone, {anchor.label}, keeps {kept}"
     base, base_interval = share(document, "base")
     if base is not None:
         joint = ", and" if anchor is not None else ";"
-        sentence += f"{joint} the base model with the experts' heads {percent_with_interval(base, base_interval)}"
+        kept = notation.percent_with_interval(base, base_interval)
+        sentence += f"{joint} the base model with the experts' heads {kept}"
     return sentence + "."
 
 
@@ -240,13 +189,13 @@ def warnings(document: Document) -> list[str]:
     best = best_anchor(document)
     if merged is not None and own is not None and merged < own:
         found.append(
-            f"On the test split the merged model is below its own anchor: it keeps {percent(merged)} of the "
-            f"experts' mean, the anchor {percent(own)}."
+            f"On the test split the merged model is below its own anchor: it keeps {notation.percent(merged)} of the "
+            f"experts' mean, the anchor {notation.percent(own)}."
         )
     if merged is not None and best is not None and merged < best.share and best.share != own:
         found.append(
             f"On the test split the best anchor of the comparison, {best.label}, is above the merged model: "
-            f"{percent(best.share)} against {percent(merged)} of the experts' mean."
+            f"{notation.percent(best.share)} against {notation.percent(merged)} of the experts' mean."
         )
     for role in ("anchor", "base"):
         losses = {
@@ -255,13 +204,13 @@ def warnings(document: Document) -> list[str]:
             if _both(entry, role, "merged") and entry["merged"] < entry[role]
         }
         if losses:
-            listed = _listed([f"{name} ({points(-loss)} points)" for name, loss in losses.items()])
+            listed = _listed([f"{name} ({notation.points(-loss)} points)" for name, loss in losses.items()])
             plural = "these tasks" if len(losses) > 1 else "this task"
             found.append(f"The merged model is below the {role} on {plural}: {listed}.")
     for name, entry in tasks(document).items():
         if not _both(entry, "expert", "base"):
             continue
-        values = f"{percent(entry['expert'])} against {percent(entry['base'])}"
+        values = f"{notation.percent(entry['expert'])} against {notation.percent(entry['base'])}"
         low = interval_of(entry, "expert")
         if entry["expert"] <= entry["base"]:
             found.append(f"The expert {name} does not beat the base with the same head: {values}.")

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bmm.report import findings, search_findings
+from bmm.report import findings, notation, search_findings
 from bmm.report.figures import TITLES, figures
 from bmm.report.findings import Document
 from bmm.report.takeaways import takeaways
@@ -36,11 +36,11 @@ def environment(*, autoescape: bool) -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        number=findings.number,
-        percent=findings.percent,
-        points=findings.points,
-        interval=findings.interval_text,
-        lambda_text=findings.lambda_text,
+        number=notation.number,
+        percent=notation.percent,
+        points=notation.points,
+        interval=notation.interval_text,
+        lambda_text=notation.lambda_text,
         further=search_findings.further_text,
         general=lambda value: "–" if value is None else f"{value:.3g}",
         seconds=duration,
@@ -62,7 +62,7 @@ def report_page(document: Document) -> str:
         "confidence": findings.confidence(document),
         "splits": {split: task_rows(document, split) for split in ("test", "validation")},
         "shares": {role: findings.share(document, role) for role in ("base", "anchor", "merged")},
-        "anchor": findings.method_label(document.get("anchor", {}).get("method", "anchor")),
+        "anchor": notation.method_label(document.get("anchor", {}).get("method", "anchor")),
         "methods": findings.methods(document),
         # The drawings are our own output, made without markup from names; everything else is escaped.
         "figures": {

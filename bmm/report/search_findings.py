@@ -10,7 +10,7 @@ from itertools import combinations
 from statistics import correlation
 from typing import Any
 
-from bmm.report import findings
+from bmm.report import findings, notation
 from bmm.report.findings import Document
 
 _FEW_TRIALS = 6
@@ -37,7 +37,7 @@ def objective_text(document: Document, value: float) -> str:
         "nll": f"a log-likelihood of {value:.3f} nats a row",
         "agreement": f"an agreement of {value:.3f} nats a row with the experts",
     }.get(
-        _objective(document), f"{findings.percent(value)} of the experts' validation {findings.metric_word(document)}"
+        _objective(document), f"{notation.percent(value)} of the experts' validation {findings.metric_word(document)}"
     )
 
 

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bmm.report import findings
+from bmm.report import findings, notation
 from bmm.report.findings import Document
 
 ROLES = ("base", "expert", "anchor", "merged")
@@ -60,9 +60,9 @@ def method_table(document: Document) -> Table:
     for row in findings.methods(document):
         cells = (
             row.label,
-            findings.number(row.share),
-            findings.interval_text(row.interval),
-            findings.number(row.mean),
+            notation.number(row.share),
+            notation.interval_text(row.interval),
+            notation.number(row.mean),
         )
         table.add_row(*map(Text, cells), style=HIGHLIGHT if row.method == "merged" else None)
     return table
@@ -82,13 +82,13 @@ def _table(title: str, caption: str | None = None) -> Table:
 
 def _add_task(table: Table, name: str, entry: Mapping[str, Any], *, difference: bool = True) -> None:
     merged, expert = entry.get("merged"), entry.get("expert")
-    delta = "" if merged is None or expert is None or not difference else findings.points(merged - expert)
-    table.add_row(Text(name), *(Text(findings.number(entry.get(role))) for role in ROLES), Text(delta))
+    delta = "" if merged is None or expert is None or not difference else notation.points(merged - expert)
+    table.add_row(Text(name), *(Text(notation.number(entry.get(role))) for role in ROLES), Text(delta))
 
 
 def _share_line(document: Document) -> str | None:
     value, interval = findings.share(document, "merged")
     if value is None:
         return None
-    kept = findings.percent_with_interval(value, interval)
+    kept = notation.percent_with_interval(value, interval)
     return f"The merged model keeps {kept} of the experts' mean."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmm.report import findings, search_findings
+from bmm.report import findings, notation, search_findings
 from bmm.report.findings import Document
 
 
@@ -36,9 +36,9 @@ def tasks_sentence(document: Document) -> str:
     worst = min(differences, key=lambda name: differences[name])
     best = max(differences, key=lambda name: differences[name])
     if differences[worst] < 0:
-        sentence += f"; it loses most on {worst} ({findings.points(differences[worst])} points)"
+        sentence += f"; it loses most on {worst} ({notation.points(differences[worst])} points)"
     if differences[best] > 0:
-        sentence += f"; it gains most on {best} ({findings.points(differences[best])} points)"
+        sentence += f"; it gains most on {best} ({notation.points(differences[best])} points)"
     return sentence + "."
 
 
@@ -52,12 +52,12 @@ def methods_sentence(document: Document) -> str:
     best = others[0]
     gap = merged.share - best.share
     if gap > 0:
-        sentence = f"The merged model ranks first of {len(rows)}, {findings.number(gap)} points of share ahead of "
+        sentence = f"The merged model ranks first of {len(rows)}, {notation.number(gap)} points of share ahead of "
     elif gap == 0:
         sentence = "The merged model ties with "
     else:
         rank = rows.index(merged) + 1
-        sentence = f"The merged model ranks {rank} of {len(rows)}, {findings.number(-gap)} points of share behind "
+        sentence = f"The merged model ranks {rank} of {len(rows)}, {notation.number(-gap)} points of share behind "
     sentence += best.label
     if merged.interval is None or best.interval is None:
         return sentence + "."
@@ -80,7 +80,7 @@ def search_sentence(document: Document) -> str:
         gain = best["objective"] - anchor["objective"]
         share = search_findings.objective_scale(document) == 100
         sentence += (
-            f", {findings.points(gain)} points against the anchor" if share else f", {gain:+.3f} against the anchor"
+            f", {notation.points(gain)} points against the anchor" if share else f", {gain:+.3f} against the anchor"
         )
     stopped = sum(trial.get("state") == "stopped" for trial in trials)
     if stopped:
@@ -130,6 +130,6 @@ def lambda_sentence(document: Document) -> str:
     low, high = min(found), max(found)
     reading = "the smaller λ, the more the experts' data decide; the larger, the more the anchor"
     if low == high:
-        return f"Every regressed matrix uses λ = {findings.lambda_text(low)}: {reading}."
-    lowest, highest = (f"{findings.lambda_text(value)} ({found[value]})" for value in (low, high))
+        return f"Every regressed matrix uses λ = {notation.lambda_text(low)}: {reading}."
+    lowest, highest = (f"{notation.lambda_text(value)} ({found[value]})" for value in (low, high))
     return f"λ runs from {lowest} to {highest}: {reading}."

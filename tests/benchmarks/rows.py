@@ -15,7 +15,7 @@ from benchmarks.peers import Peer
 from pydantic import TypeAdapter
 
 from bmm.anchors.settings import AnchorSettings, Method, ScaledSettings
-from bmm.report.findings import method_label
+from bmm.report.notation import method_label
 
 Changes = Mapping[str, Any]
 Stage = Literal["experts", "grams", "anchor", "both", "search"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bmm.report import findings
 from bmm.report.takeaways import takeaways
@@ -96,16 +94,6 @@ def test_methods_are_sorted_by_share(document):
     shares = [row.share for row in findings.methods(document)]
     assert shares == sorted(shares, reverse=True)
     assert len(shares) == len(document["methods"])
-
-
-@given(st.floats(min_value=-1, max_value=1))
-@settings(deadline=None, max_examples=25)
-def test_points_are_the_difference_in_per_cent(difference):
-    assert float(findings.points(difference).replace("−", "-")) == pytest.approx(100 * difference, abs=0.0501)
-
-
-def test_a_small_loss_is_not_a_signed_zero():
-    assert findings.points(-0.0001) == "0.0"
 
 
 def test_takeaways_are_computed_from_the_document(document):
