@@ -26,7 +26,8 @@ from bmm.evaluation.tables import FOLDERS
 from bmm.grams.published import PublishedGrams, find
 from bmm.grams.settings import ArtifactGrams
 from bmm.kinds.lm_eval_file import TaskFile, require_package
-from bmm.kinds.settings import DEFAULT_KIND, FILES, PROCESSOR, SPLITS, LmEval, SplitSource, task_of
+from bmm.kinds.model_classes import task_of
+from bmm.kinds.settings import DEFAULT_KIND, FILES, PROCESSOR, SPLITS, LmEval, SplitSource
 from bmm.recipe import ExpertSource, Recipe
 
 

@@ -16,7 +16,8 @@ from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.shards import read_json_object
 from bmm.errors import CheckpointError, DataError, OutputError, UserError
-from bmm.kinds.settings import DEFAULT_KIND, HEADS, SplitSource, kind_of_class
+from bmm.kinds.model_classes import HEADS, kind_of_class
+from bmm.kinds.settings import DEFAULT_KIND, SplitSource
 from bmm.recipe_text import AudioKeys, ExpertEntry, ImageKeys, TextKeys, recipe_text
 
 _FILE = "recipe.yaml"

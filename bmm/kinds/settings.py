@@ -1,15 +1,14 @@
 """What a recipe says of a task, one class for each kind, and what of it decides how a model reads a row.
 
-Words only: reading rows and running models is each kind's own module.
+Words only: reading rows and running models is each kind's own module, which kind a model is for `model_classes`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bmm.part import Part
 
@@ -276,38 +275,6 @@ Task = Annotated[
     ],
     BeforeValidator(_with_kind),
 ]
-
-# What the class of such a model ends in, as config.json names it.
-HEADS = {
-    "text-classification": "ForSequenceClassification",
-    "image-classification": "ForImageClassification",
-    "token-classification": "ForTokenClassification",
-    "audio-classification": "ForAudioClassification",
-    "causal-lm": "ForCausalLM",
-    "seq2seq-lm": "ForConditionalGeneration",
-}
-# Classes of models that read sounds, and are called as those that read texts are.
-_SOUND_CLASSES = re.compile(r"(Wav2Vec2|Hubert|SEW|UniSpeech|WavLM|Data2VecAudio)\w*ForSequenceClassification")
-
-
-def task_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a task without rows, as JSON, for a model of which only the configuration is known.
-
-    It is None where that names no class, or one of no kind.
-    """
-    for name in config.get("architectures") or ():
-        if (kind := kind_of_class(str(name))) is not None:
-            task: Part = TypeAdapter[Part](Task).validate_python({"kind": kind})
-            return task.model_dump(mode="json", exclude=SPLITS)
-    return None
-
-
-def kind_of_class(name: str) -> str | None:
-    """Return the kind of task that a class of transformers is for, by its name; None for a class of no kind."""
-    if _SOUND_CLASSES.fullmatch(name):
-        return "audio-classification"
-    return next((kind for kind, ending in HEADS.items() if name.endswith(ending)), None)
-
 
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
 _NOT_READ = frozenset(

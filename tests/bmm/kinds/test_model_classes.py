@@ -3,16 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from pydantic import TypeAdapter
-from sounds import CONFIGS
-from transformers import BertConfig, ViTConfig, Wav2Vec2BertConfig
 
+from bmm.kinds.model_classes import HEADS, kind_of_class, task_of
 from bmm.kinds.registry import _KINDS, kind_of
-from bmm.kinds.settings import HEADS, Task, kind_of_class, task_of
-
-SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+from bmm.kinds.settings import Task
 
 
 def test_each_kind_is_known_by_the_class_of_its_models() -> None:
@@ -44,22 +40,3 @@ def test_a_task_without_words_is_what_the_model_is_for(architectures: Any, kind:
     if task is not None:
         assert {"calibration", "validation", "test"}.isdisjoint(task)
         assert TypeAdapter[Any](Task).validate_python(task).splits() == {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [
-        ("text-classification", BertConfig(**SMALL, vocab_size=11)),
-        ("image-classification", ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)),
-        *(("audio-classification", make()) for make in CONFIGS.values()),
-        ("audio-classification", Wav2Vec2BertConfig(**SMALL, conformer_conv_dropout=0.0)),
-    ],
-)
-def test_a_model_that_reads_no_rows_can_be_fed(kind: str, config: Any) -> None:
-    model = kind_of(kind).bare(config.to_dict(), "one")
-    assert model.reader is None
-    for parameter in model.encoder.parameters():
-        torch.nn.init.zeros_(parameter)
-    with torch.inference_mode():
-        answers = model.encoder(**kind_of(kind).probe(model))
-    assert answers.last_hidden_state.shape[0] == 2

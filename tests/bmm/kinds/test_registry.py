@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sounds import CONFIGS
+from transformers import BertConfig, ViTConfig, Wav2Vec2BertConfig
+
+from bmm.kinds.registry import kind_of
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("text-classification", BertConfig(**SMALL, vocab_size=11)),
+        ("image-classification", ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)),
+        *(("audio-classification", make()) for make in CONFIGS.values()),
+        ("audio-classification", Wav2Vec2BertConfig(**SMALL, conformer_conv_dropout=0.0)),
+    ],
+)
+def test_a_model_that_reads_no_rows_can_be_fed(kind: str, config: Any) -> None:
+    model = kind_of(kind).bare(config.to_dict(), "one")
+    assert model.reader is None
+    for parameter in model.encoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.inference_mode():
+        answers = model.encoder(**kind_of(kind).probe(model))
+    assert answers.last_hidden_state.shape[0] == 2
