@@ -28,7 +28,8 @@ from bmm.progress import tell
 from bmm.stages.request import Request, Result, Work
 from bmm.store import Store
 from bmm.stores.at_work import at_work
-from tasks.champions import Champions, RegistryError, Standing, Version
+from tasks.champions import Champions, RegistryError
+from tasks.registered import Standing, Version
 from tasks.telling import tell_people
 from tasks.tracking import Tracked, track, track_or_explain
 

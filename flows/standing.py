@@ -9,7 +9,8 @@ from bmm.errors import UserError
 from bmm.nightly.resolved import place_of
 from bmm.store import Store
 from flows.night import moving, user
-from tasks.champions import Champions, Standing, Version
+from tasks.champions import Champions
+from tasks.registered import Standing, Version
 
 Found = dict[str, Any]
 

@@ -5,7 +5,8 @@ with the reason as a tag. A move is written down whole before it is begun (a tag
 step that makes it true is the move of the alias `champion`; so a reader never sees a wrong champion, and whoever comes
 next finishes what a killed one has begun. Versions are known by the digest of the model, so none is registered twice.
 
-Who is asked to move what is decided elsewhere (`flows.night`, `flows.standing`).
+What is known of versions and moves is in `tasks.registered`; who is asked to move what is decided elsewhere
+(`flows.night`, `flows.standing`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,82 +25,16 @@ from bmm.nightly.tasks import tasks_of
 from bmm.pipeline import Merge
 from bmm.store import Store
 from tasks.addresses import without_credentials
+from tasks.registered import DIGEST, PROMOTED_NIGHT, REPLACED, TASKS, Move, Standing, Version
 from tasks.tracking import Tracked, quiet_mlflow, tracking_uri
 
-_DIGEST, _TASKS, _REPLACED = "bmm.model_digest", "bmm.tasks", "bmm.replaced"
-_INTENT, _NIGHT, _PROMOTED_NIGHT = "bmm.intent", "bmm.night", "bmm.promoted_night"
+_INTENT, _NIGHT = "bmm.intent", "bmm.night"
 # MLflow's own limit for the tags of a registered model.
 _LONGEST = 4500
 
 
 class RegistryError(BMMError):
     """The MLflow registry refuses or cannot be reached; nothing was promoted that was not on its way already."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """One version of the model: its number, the digest of its files, and its tasks (`bmm.nightly.tasks`)."""
-
-    number: str
-    digest: str
-    source: str
-    run_id: str
-    tasks: Mapping[str, str]
-    tags: Mapping[str, str]
-
-    @property
-    def replaced(self) -> str | None:
-        """The number of the version that this one replaced as the champion."""
-        return self.tags.get(_REPLACED) or None
-
-    @property
-    def night(self) -> str:
-        """Which night promoted it, by its signature; empty if none did."""
-        return self.tags.get(_PROMOTED_NIGHT, "")
-
-    @property
-    def rolled_back(self) -> str:
-        """Who has rolled it back, and why; empty if nobody has since it was last promoted."""
-        who = self.tags.get("bmm.rolled_back_by", "")
-        return f"{who}: {self.tags.get('bmm.rolled_back_why', '')}" if who else ""
-
-    @property
-    def reason(self) -> str:
-        """Why it did not become the champion."""
-        return self.tags.get("bmm.reason", "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what people are told of it, as plain JSON values."""
-        return {"version": self.number, "digest": self.digest, "run_id": self.run_id, "tasks": sorted(self.tasks)}
-
-
-@dataclass(frozen=True)
-class Move:
-    """A move of the champion that was begun: from which version to which, and what `previous` will be."""
-
-    to: str
-    origin: str | None
-    previous: str | None
-    back: bool
-    who: str
-    why: str
-    at: float
-    night: str = ""
-
-    def text(self) -> str:
-        """Return the move as one line of JSON."""
-        return json.dumps({**vars(self), "who": self.who[:200], "why": self.why[:2000]}, ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where the aliases point, what the last night was about, and a move that was begun and not ended."""
-
-    champion: Version | None
-    previous: Version | None
-    challenger: Version | None
-    night: str | None
-    move: Move | None
 
 
 Place = Callable[[Version], None]
@@ -167,12 +101,12 @@ class Champions:
             if self._registered() is None:
                 self._create()
             for one in self._all():
-                if one.tags.get(_DIGEST) == digest:
+                if one.tags.get(DIGEST) == digest:
                     return self._version(str(one.version))
             run = self._client.get_run(tracked.run_id)
             tags = {
-                _DIGEST: digest,
-                _TASKS: json.dumps(tasks_of(merge.document), sort_keys=True),
+                DIGEST: digest,
+                TASKS: json.dumps(tasks_of(merge.document), sort_keys=True),
                 "bmm.recipe_digest": merge.document["recipe_digest"],
                 "bmm.share_of_experts": f"{merge.share_of_experts or 0:.4f}",
             }
@@ -284,8 +218,8 @@ class Champions:
         else:
             for name, value in said.items():
                 self._client.set_model_version_tag(self.model, move.to, f"bmm.promoted_{name}", value)
-            self._client.set_model_version_tag(self.model, move.to, _REPLACED, move.origin or "")
-            self._client.set_model_version_tag(self.model, move.to, _PROMOTED_NIGHT, move.night)
+            self._client.set_model_version_tag(self.model, move.to, REPLACED, move.origin or "")
+            self._client.set_model_version_tag(self.model, move.to, PROMOTED_NIGHT, move.night)
             self._client.set_model_version_tag(self.model, move.to, "bmm.rolled_back_by", "")
 
     def _settle_challenger(self, move: Move) -> None:
@@ -335,8 +269,8 @@ class Champions:
     def _version(self, number: str) -> Version:
         found = self._client.get_model_version(self.model, number)
         tags = dict(found.tags)
-        tasks = json.loads(tags.get(_TASKS) or "{}")
-        return Version(str(found.version), tags.get(_DIGEST, ""), found.source, found.run_id or "", tasks, tags)
+        tasks = json.loads(tags.get(TASKS) or "{}")
+        return Version(str(found.version), tags.get(DIGEST, ""), found.source, found.run_id or "", tasks, tags)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -13,7 +13,8 @@ import pytest
 from bmm.errors import OutputError, UserError
 from bmm.pipeline import Merge
 from bmm.store import Store
-from tasks.champions import Champions, RegistryError, Version
+from tasks.champions import Champions, RegistryError
+from tasks.registered import Version
 from tasks.tracking import track
 
 MOVES = (
