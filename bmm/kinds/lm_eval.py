@@ -135,7 +135,7 @@ class LmEvalKind(CausalLMKind):
     ) -> Split:
         """Read one split of a task's file, and put its documents into words."""
         require_package()
-        from bmm.kinds.lm_eval_harness import worded
+        from bmm.kinds.lm_eval_task import worded
 
         file = TaskFile.read((folder / Path(source.path).expanduser()).resolve())
         return Split(where, worded(file, task, source, where))

@@ -6,7 +6,7 @@ A recipe may come with a file that its user has not read, so here the file is re
 one that is known to be harmless, and what is left over is refused with a sentence. The data are local files.
 
 Lives here: which keys a file may have, which files are behind it, which of its metrics and filters is measured. Does
-not live here: running the harness, sandboxed templates among it (`bmm.kinds.lm_eval_harness`).
+not live here: running the harness, sandboxed templates among it (`bmm.kinds.lm_eval_task`).
 """
 
 from __future__ import annotations
