@@ -100,7 +100,9 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
     references = bench.references()
     # The long ones first, so that no process is idle at the end.
     jobs = [
-        Job(zoo, row, seed, said.rows) for row in reversed(wanted) for seed in range(said.seeds if row.seeded else 1)
+        Job(zoo, row, seed, said.rows if said.quick else row.rows or said.rows)
+        for row in reversed(wanted)
+        for seed in range(said.seeds if row.seeded else 1)
     ]
     models, failures = _run(jobs, said.processes, console)
     found = []

@@ -26,6 +26,8 @@ LAMBDA = 0.1
 ANCHOR_ITSELF = 1e12
 # Tokens of each sequence where not all are kept.
 TOKENS = 16
+# Calibration rows of the row that has many.
+MANY = 1024
 # Many steps or a gradient for each row.
 SLOW = ("WUDI, Adam", "Fisher")
 QUICK_PEERS = ("mergekit: TIES", "fusion-bench: RegMean++")
@@ -61,6 +63,7 @@ class Row:
         chosen: whether something was chosen on the validation rows.
         aimed: whether it is what the aims for propagated regression are about: the walk over all tokens, at any λ and
             from any number of calibration rows; what is tried beside it is reported, not judged.
+        rows: calibration rows a task, where not as many as the table's other rows have.
     """
 
     method: str
@@ -70,6 +73,7 @@ class Row:
     seeded: bool
     chosen: bool = False
     aimed: bool = False
+    rows: int | None = None
 
     @property
     def anchor(self) -> bool:
@@ -190,6 +194,15 @@ def _ours(trials: int) -> list[Row]:
     ]
     return [
         Row("propagated", walked, ours=True, data_free=False, seeded=True, aimed=True),
+        Row(
+            f"propagated, {MANY:,} rows, {TOKENS} tokens a sequence",
+            How(_fixed(_sampled(PROPAGATED), LAMBDA), "search"),
+            ours=True,
+            data_free=False,
+            seeded=True,
+            aimed=True,
+            rows=MANY,
+        ),
         Row("propagated, λ by held-out rows", held_out, ours=True, data_free=False, seeded=True, aimed=True),
         Row("propagated, two rounds", How(twice, "search", (walked,)), ours=True, data_free=False, seeded=True),
         *alone,

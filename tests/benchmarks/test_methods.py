@@ -80,14 +80,16 @@ def test_every_row_is_a_recipe_of_its_own_or_a_peer(pico: Path) -> None:
     bench = Bench(Zoo("pico", pico / "recipe.yaml", pico / "bench"))
     table = rows.rows(16)
     assert len({row.method for row in table}) == len(table)
-    recipes = [bench.recipe(row.how, 1, 16) for row in table if isinstance(row.how, rows.How)]
-    assert len({json.dumps(recipe.document()) for recipe in recipes}) == len(recipes)
+    own = [row for row in table if isinstance(row.how, rows.How)]
+    recipes = [bench.recipe(row.how, 1, 16) for row in own]
+    known = {(json.dumps(recipe.document()), row.rows) for row, recipe in zip(own, recipes, strict=True)}
+    assert len(known) == len(recipes)
     peers = [json.dumps(vars(row.how), sort_keys=True) for row in table if isinstance(row.how, Peer | Lead)]
     assert len(set(peers)) == len(peers) == len(table) - len(recipes)
     for recipe in recipes:
         assert {expert.task.calibration.seed for expert in recipe.experts} == {1}
     # What is said to need no rows asks for none: nothing that it does changes with their draw.
-    for row, recipe in zip([row for row in table if isinstance(row.how, rows.How)], recipes, strict=True):
+    for row, recipe in zip(own, recipes, strict=True):
         if row.data_free:
             assert recipe.anchor.needs is None
             assert row.how.stage == "anchor" or (recipe.grams.source, recipe.search.trials) == ("task-vectors", 0)
@@ -158,6 +160,7 @@ def row(
 def test_what_is_aimed_at_is_asked_of_the_walk_over_all_tokens_at_any_strength() -> None:
     assert [row.method for row in rows.rows(4) if row.aimed] == [
         "propagated",
+        "propagated, 1,024 rows, 16 tokens a sequence",
         "propagated, λ by held-out rows",
         "propagated, searched",
     ]
