@@ -28,7 +28,7 @@ def test_it_is_the_posterior_mean(rows: int, features: int, classes: int, lam: f
     if biased:
         x, prior = torch.cat([x, torch.ones(rows, 1)], dim=1), torch.cat([prior, bias.double()[:, None]], dim=1)
     gram = x.T @ x / rows
-    strength = lam * float(gram.trace()) / len(gram)
+    strength = lam * max(1.0, 256 / rows) * float(gram.trace()) / len(gram)
     right = y.T @ x / rows + strength * prior
     expected = torch.linalg.solve(gram + strength * torch.eye(len(gram)), right.T).T
     assert found.dtype == torch.float32
@@ -41,6 +41,19 @@ def test_where_the_merged_model_reads_as_the_expert_does_its_head_stays(lam: flo
     inputs, _, weight, bias = drawn(30, 6, 3, seed)
     found = fitted_head(inputs, inputs @ weight.T + bias, weight, bias, lam)
     torch.testing.assert_close(found, torch.cat([weight, bias[:, None]], dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_rows_count_for_less() -> None:
+    inputs, answers, weight, bias = drawn(1024, 6, 3, 0)
+    prior = torch.cat([weight, bias[:, None]], dim=1)
+    moved = [
+        float((fitted_head(inputs[:rows], answers[:rows], weight, bias, 0.1) - prior).norm()) for rows in (8, 64, 1024)
+    ]
+    plain = fitted_head(inputs[:256], answers[:256], weight, bias, 0.1)
+    assert moved[0] < moved[1] < moved[2]
+    # The same rows four times over are as many rows.
+    again = fitted_head(inputs[:256].repeat(4, 1), answers[:256].repeat(4, 1), weight, bias, 0.1)
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_strong_prior_keeps_the_head_and_rows_have_to_pair_up() -> None:
