@@ -43,7 +43,12 @@ def _look(store: Store, witness: Reference, cause: Exception | None = None) -> N
         found = None
     # One artefact that is missing from a store that is there is damage, not absence.
     if found is None and store.is_away():
-        raise StoreAwayError(f"the store {store.root} is not there any more; is its disk mounted?") from cause
+        raise away(store) from cause
+
+
+def away(store: Store) -> StoreAwayError:
+    """Return the error that says so of a store."""
+    return StoreAwayError(f"the store {store.root} is not there any more; is its disk mounted?")
 
 
 class Patience:
@@ -78,8 +83,13 @@ class Patience:
         self._since = None
 
 
-def patiently(work: Callable[[], Outcome], seconds: float) -> Outcome:
+def patiently(work: Callable[[], Outcome], seconds: float, sleep: Callable[[float], object] = time.sleep) -> Outcome:
     """Return what `work` returns, trying again for some seconds while the store is away.
+
+    Args:
+        work: may be begun again.
+        seconds: of patience.
+        sleep: passes the time between two attempts; may raise.
 
     Raises:
         StoreAwayError: it has not come back.
@@ -94,4 +104,4 @@ def patiently(work: Callable[[], Outcome], seconds: float) -> Outcome:
             pause = patience.pause()
             if pause is None:
                 raise
-            time.sleep(pause)
+            sleep(pause)

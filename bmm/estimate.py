@@ -13,7 +13,9 @@ from itertools import pairwise
 
 from bmm.anchors.memory import anchor_bytes
 from bmm.checkpoint.mapped import MOST_BYTES
+from bmm.cluster.settings import in_flight
 from bmm.errors import RecipeError
+from bmm.grams.blocks import most_held
 from bmm.grams.memory import PROCESS_BYTES, streamed_bytes, whole_bytes
 from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams, sample_in
 from bmm.kinds.settings import ZeroShotImageClassification
@@ -163,7 +165,7 @@ def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan
             return StagePlan("grams", False, gram * experts, PROCESS_BYTES + gram, "from the task vectors, no data")
         case ArtifactGrams():
             return StagePlan("grams", False, gram * experts, PROCESS_BYTES, "made elsewhere, copied")
-    shards = sum(math.ceil(_calibration_rows(expert) / settings.shard_rows) for expert in recipe.experts)
+    shards = [math.ceil(_calibration_rows(expert) / settings.shard_rows) for expert in recipe.experts]
     copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
     workers, each, how = recipe.cluster.workers, whole_bytes(outline.weights, sizes), ""
     if each > parse_bytes(recipe.cluster.memory_limit):
@@ -171,9 +173,10 @@ def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan
         each = streamed_bytes(outline.outside, outline.largest_layer, outline.layer_gram_sizes, hidden)
         how = ", layer by layer"
     some = "" if settings.tokens is None else f", {settings.tokens} tokens of each sequence"
-    note = f"{shards} shards{how}{some}, {_workers(workers, each)}"
+    note = f"{sum(shards)} shards{how}{some}, {_workers(workers, each)}"
     here = workers * each if recipe.cluster.local else PROCESS_BYTES
-    return StagePlan("grams", False, gram * (copies + shards), here, note, each)
+    held = most_held(shards, in_flight(workers))
+    return StagePlan("grams", False, gram * (copies + held), here, note, each)
 
 
 def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int, int]:

@@ -20,11 +20,10 @@ from safetensors import SafetensorError
 
 from bmm.away import Patience
 from bmm.cluster.connection import Cluster
+from bmm.cluster.settings import in_flight
 from bmm.errors import ArtefactDamagedError, ClusterError, StoreAwayError, UserError
 from bmm.progress import Bar, tell
 
-_EACH = 3
-"""Requests in flight for each worker: one is computed, the others hide how long an answer travels."""
 _LOOK_SECONDS = 2.0
 _WAIT_SECONDS = 0.25
 _FAILURES = 3
@@ -44,6 +43,7 @@ def run_all(
     *,
     at_home: bool = False,
     steps: Callable[[dict[str, Any]], float] = lambda _: 1.0,
+    landed: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """Run `function` on every request and return the answers in the requests' order.
 
@@ -58,13 +58,15 @@ def run_all(
         bar: advanced by `steps` of each request that is answered.
         at_home: ask the same worker at the same place each time, while it lives: it may have kept something.
         steps: how far a request brings the bar.
+        landed: called with each request's place and answer as soon as that is here, in whatever order; while it does
+            not return, nothing more is asked, and what it raises ends the run.
 
     Raises:
         ClusterError: a request killed every worker that tried it, or scheduler or workers did not come back.
         StoreAwayError: the store did not come back.
         BMMError: whatever of ours `function` raised.
     """
-    return _Run(cluster, function, requests, bar, at_home, steps).answers()
+    return _Run(cluster, function, requests, bar, at_home, steps, landed).answers()
 
 
 class _Run(Generic[Answer]):
@@ -76,6 +78,7 @@ class _Run(Generic[Answer]):
         bar: Bar | None,
         at_home: bool,
         steps: Callable[[dict[str, Any]], float],
+        tell_landed: Callable[[int, Answer], None] | None,
     ) -> None:
         self._cluster = cluster
         self._function = function
@@ -83,6 +86,7 @@ class _Run(Generic[Answer]):
         self._bar = bar
         self._at_home = at_home
         self._steps = steps
+        self._tell_landed = tell_landed
         self._waiting = deque(range(len(requests)))
         self._suspects: deque[int] = deque()
         self._flying: dict[Future, int] = {}
@@ -149,7 +153,7 @@ class _Run(Generic[Answer]):
         """Hand out as many requests as the workers have use for."""
         count = len(self._addresses)
         # One tells as well as many whether the store is back.
-        room = 1 if self._store.tried else _EACH * count + 2
+        room = 1 if self._store.tried else in_flight(count)
         if time.monotonic() < self._not_before or len(self._flying) > max(0, room - 1 - count):
             return
         batch = [self._waiting.popleft() for _ in range(min(room - len(self._flying), len(self._waiting)))]
@@ -227,6 +231,12 @@ class _Run(Generic[Answer]):
         self._store.renew()
         if self._bar is not None:
             self._bar.advance(self._steps(self._requests[index]))
+        if self._tell_landed is not None and self._fatal is None:
+            try:
+                self._tell_landed(index, value)
+            except Exception as error:
+                # Not to be taken for an error of the connection's.
+                self._fatal = error
 
     def _failed(self, index: int, error: BaseException) -> None:
         """Put a request that failed where it is asked again, or give up."""

@@ -9,6 +9,11 @@ from pydantic import Field, model_validator
 from bmm.part import SIZE_PATTERN, Part
 
 
+def in_flight(workers: int) -> int:
+    """Return how many requests are out at once: each worker computes one, others hide how long an answer travels."""
+    return 3 * workers + 2
+
+
 class SlurmSettings(Part):
     """Workers as jobs of a Slurm cluster, one core and one worker a job, submitted from where the merge runs."""
 

@@ -1,9 +1,8 @@
-"""One expert's Gram matrices: cut into shards of rows, computed anywhere, summed in one order.
+"""One expert's Gram matrices, cut into shards of rows, each computed anywhere.
 
 A shard's result is a pure function of the expert's weights, the rows and the settings, stored under a key made of
-exactly these; computing it twice (a worker died, a run was killed) costs time and changes nothing. The sum runs over
-the list of shards, each once, in row order, in float64: the same bytes whoever computed what, with the whole expert in
-memory or one layer at a time.
+exactly these; computing it twice (a worker died, a run was killed) costs time and changes nothing. The bytes are the
+same whoever computed it, with the whole expert in memory or one layer at a time. Their sum is `bmm.grams.sums`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from bmm.away import store_at_hand
 from bmm.checkpoint.architecture import encoder_names
-from bmm.checkpoint.mapped import mapped
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.verified import open_verified
 from bmm.device import placed, worker_device
@@ -36,11 +34,14 @@ from bmm.modules.linear import LinearMap
 from bmm.modules.tokens import Sample
 from bmm.modules.units import units_of
 from bmm.prediction import read_split
-from bmm.store import Artefact, Draft, Reference, Store, artefact_key
+from bmm.store import Draft, Reference, Store, artefact_key
 from bmm.threads import one_thread
 
+SHARD = "gram-shard"
+"""The kind of shards."""
 SHARD_VERSION = 4
-_FILE_BYTES = 32 * 2**20
+FILE_BYTES = 32 * 2**20
+"""About as large is each file of sums."""
 _FLOAT64 = 8
 _WHERE = ("store", "expert_path", "expert_base", "data", "streamed")
 
@@ -73,7 +74,7 @@ class ShardRequest:
     def key(self) -> str:
         """Return the key of the shard's artefact."""
         values = {name: value for name, value in vars(self).items() if name not in (*_WHERE, *SAMPLE)}
-        return artefact_key("gram-shard", SHARD_VERSION, {**values, **sample_in(vars(self))}, {})
+        return artefact_key(SHARD, SHARD_VERSION, {**values, **sample_in(vars(self))}, {})
 
 
 def shards_of(request: ShardRequest, rows: int, shard_rows: int) -> list[ShardRequest]:
@@ -131,7 +132,7 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
         shutil.rmtree(draft.progress)
 
     with store_at_hand(store, data):
-        reference, _ = store.obtain("gram-shard", request.key(), make)
+        reference, _ = store.obtain(SHARD, request.key(), make)
     return ShardAnswer(reference, attempts)
 
 
@@ -144,7 +145,7 @@ def _files(maps: Sequence[LinearMap]) -> list[set[str]]:
     size = 0
     for unit in units_of(maps):
         own = sum(_FLOAT64 * members[0].inputs ** 2 for members in unit.groups.values())
-        if not files or size + own > _FILE_BYTES:
+        if not files or size + own > FILE_BYTES:
             files.append(set())
             size = 0
         files[-1] |= set(unit.groups)
@@ -220,14 +221,3 @@ def _built(checkpoint: Checkpoint, said: Mapping[str, Any], batch_size: int) -> 
     model = kind.build(checkpoint.config, checkpoint.tokenizer_folder, said, batch_size, checkpoint.path.name)
     stored = encoder_names(checkpoint, kind.architecture.prefix(checkpoint.config))
     return model, {name: stored[name] for name in model.encoder_names() if name in stored}
-
-
-def reduce(shards: Sequence[Artefact], groups: Sequence[str]) -> Iterator[tuple[str, GramSum]]:
-    """Yield every input group's sum over the shards in the order given, in float64, one group at a time."""
-    files = [mapped(sorted(shard.path.glob("sums-*.safetensors"))) for shard in shards]
-    rows = [shard.read_json("rows.json") for shard in shards]
-    for name in groups:
-        total = GramSum(files[0][name].tensor(name).clone(), rows[0][name])
-        for file, counted in zip(files[1:], rows[1:], strict=True):
-            total.add(GramSum(file[name].tensor(name), counted[name]))
-        yield name, total

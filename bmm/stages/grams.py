@@ -1,7 +1,7 @@
 """The Gram stage: activations, as which experts and shards are missing, who computes them, what is kept.
 
-Between the shards (`bmm.grams.shards`), the cluster (`bmm.cluster`) and the store. No worker starts unless a
-shard is missing. The sources that need no forward pass are `bmm.stages.gram_sources`.
+Between the shards (`bmm.grams.shards`), their sums (`bmm.grams.sums`), the cluster (`bmm.cluster`) and the store. No
+worker starts unless a shard is missing. The sources that need no forward pass are `bmm.stages.gram_sources`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,8 @@ from bmm.cluster.settings import ClusterSettings
 from bmm.grams import store as gram_store
 from bmm.grams.memory import whole_bytes
 from bmm.grams.settings import sample_in
-from bmm.grams.shards import ShardRequest, compute_shard, reduce, shards_of
+from bmm.grams.shards import ShardAnswer, ShardRequest, compute_shard, shards_of
+from bmm.grams.sums import RunningSum, SumLostError
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
 from bmm.prediction import read_split
@@ -32,10 +32,11 @@ from bmm.sources import Expert
 from bmm.stages.gram_sources import GRAM_VERSION, blended, from_task_vectors, given
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
+from bmm.stages.summing import Summing
 from bmm.store import Draft, Reference, artefact_key
 
-# Of thousands of small files: what takes time is the disk's answer, or a bucket's.
-_REMOVERS = 8
+_ATTEMPTS = 3
+"""How often a job is begun whose running sum was damaged meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -108,32 +109,61 @@ def compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> di
 
 
 def _compute(work: Work, jobs: Sequence[GramJob], cluster: ClusterSettings) -> dict[str, Reference]:
-    fresh = work.store.fresh
-    wanted = [job for job in jobs if fresh or work.store.find("grams", job.key) is None]
-    missing = [
-        shard for job in wanted for shard in job.shards if fresh or work.store.find("gram-shard", shard.key()) is None
-    ]
-    if fresh:
-        for shard in missing:
-            work.store.discard("gram-shard", shard.key())
-    attempts: dict[str, int] = {}
-    if missing:
-        rows = sum(_rows(vars(shard)) for shard in missing)
-        try:
-            with progress("collecting Gram matrices", rows, "rows") as bar, workers(cluster) as reached:
-                answers = run_all(reached, compute_shard, [vars(shard) for shard in missing], bar, steps=_rows)
-        except BaseException:
-            # One shard's error ends the workers in the middle of others.
-            work.store.remove_leftovers()
-            raise
-        attempts = {answer.reference.key: answer.attempts for answer in answers}
+    store, seconds = work.store, cluster.retry_seconds
+    # Experts with the same weights and rows are one job.
+    running = {job.key: RunningSum(store, job.expert, job.shards) for job in jobs}
+    left = [key for key in running if store.fresh or store.find("grams", key) is None]
+    if store.fresh:
+        for one in running.values():
+            patiently(one.clear, seconds)
     counts: dict[str, dict[str, int]] = {}
-    made = {}
-    for job in jobs:
-        # The store may go away here as well as under a worker.
-        made[job.expert] = patiently(partial(_sum, work, job, attempts, counts), cluster.retry_seconds)
+    made: dict[str, Reference] = {}
+    for attempt in range(_ATTEMPTS):
+        _collect(work, [running[key] for key in left], cluster)
+        for job in jobs:
+            if job.expert in made:
+                continue
+            try:
+                # The store may go away here as well as under a worker.
+                made[job.expert] = patiently(partial(_sum, work, job, running[job.key], counts), seconds)
+            except SumLostError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        left = list(dict.fromkeys(job.key for job in jobs if job.expert not in made))
+        if not left:
+            break
     _tell_counts(counts.values())
-    return made
+    return {job.expert: made[job.expert] for job in jobs}
+
+
+def _collect(work: Work, sums: Sequence[RunningSum], cluster: ClusterSettings) -> None:
+    """Have the workers compute the shards that are missing, and add up, in the meantime, those that are there."""
+    for running in sums:
+        patiently(running.resume, cluster.retry_seconds)
+    missing = [(running, index) for running in sums for index in running.missing()]
+    try:
+        with Summing(cluster.retry_seconds) as summing:
+            for running in sums:
+                summing.take(running)
+            if missing:
+                _ask(missing, summing, cluster)
+    except BaseException:
+        # One shard's error ends the workers in the middle of others.
+        work.store.remove_leftovers()
+        raise
+
+
+def _ask(missing: Sequence[tuple[RunningSum, int]], summing: Summing, cluster: ClusterSettings) -> None:
+    requests = [vars(running.shards[index]) for running, index in missing]
+
+    def landed(place: int, answer: ShardAnswer) -> None:
+        running, index = missing[place]
+        running.note(index, answer.reference, answer.attempts)
+        summing.take(running)
+
+    rows = sum(_rows(request) for request in requests)
+    with progress("collecting Gram matrices", rows, "rows") as bar, workers(cluster) as reached:
+        run_all(reached, compute_shard, requests, bar, steps=_rows, landed=landed)
 
 
 def _tell_counts(counts: Iterable[Mapping[str, int]]) -> None:
@@ -149,34 +179,25 @@ def _rows(shard: Mapping[str, Any]) -> float:
     return float(shard["stop"] - shard["start"])
 
 
-def _sum(
-    work: Work, job: GramJob, attempts: Mapping[str, int], counts: MutableMapping[str, dict[str, int]]
-) -> Reference:
+def _sum(work: Work, job: GramJob, running: RunningSum, counts: MutableMapping[str, dict[str, int]]) -> Reference:
     """Return the sum of a job's shards.
 
     Args:
         work: the way to the store.
-        job: says which shards.
-        attempts: by key, how often each was begun that was not there.
+        job: says what they are.
+        running: their sum, as far as it has been made.
         counts: is given what came of the job's shards, by expert, if they are summed now.
     """
 
     def make(draft: Draft) -> None:
-        # Through `obtain`, so that a shard damaged since it was computed is made again rather than believed.
-        answers = [compute_shard(dict(vars(shard))) for shard in job.shards]
-        shards = [work.read(answer.reference) for answer in answers]
-        groups = [values["input_group"] for values in job.settings["maps"]]
-        provenance = {**job.inputs, **job.settings, "shards": [shard.reference.key for shard in shards]}
-        sums = reduce(shards, sorted(groups))
-        gram_store.write(draft.path / "grams.zarr", sums, provenance, statistic=_statistic(job.settings))
-        begun = [attempts.get(answer.reference.key, 0) + answer.attempts for answer in answers]
-        draft.provenance["shards"] = counts[job.expert] = counted(begun)
+        provenance = {**job.inputs, **job.settings, "shards": running.keys}
+        gram_store.write(draft.path / "grams.zarr", running.total(), provenance, statistic=_statistic(job.settings))
+        draft.provenance["shards"] = counts[job.expert] = counted(running.begun)
 
     with store_at_hand(work.store, Reference.from_json(job.shards[0].data)):
         reference = work.obtain("grams", job.inputs, make, settings=job.settings, version=GRAM_VERSION)
     # The shards are summed and the sum is durable: they have done their work.
-    with ThreadPoolExecutor(_REMOVERS) as removers:
-        list(removers.map(lambda shard: work.store.discard("gram-shard", shard.key()), job.shards))
+    running.clear()
     return reference
 
 

@@ -8,6 +8,7 @@ _STAGES = {
     "task-vectors": "task-vectors",
     "grams": "grams",
     "gram-shard": "grams",
+    "gram-sum": "grams",
     "anchor": "anchor",
     "direction": "anchor",
     "fisher": "anchor",

@@ -98,6 +98,18 @@ def test_shards_and_workers_follow_the_rows(pico: Path) -> None:
     assert elsewhere.worker_bytes == found.worker_bytes > elsewhere.memory_bytes, "jobs have memory of their own"
 
 
+def test_of_many_shards_only_those_that_are_not_added_yet_take_disk(pico: Path) -> None:
+    few, many = (
+        stages(pico, experts=calibrated(pico, rows), grams={"shard_rows": 1}, cluster={"workers": 3})["grams"]
+        for rows in (10**3, 10**6)
+    )
+    assert "3000000 shards" in many.note
+    # Two experts that are done, each with its sum and less than a block; two blocks of the last, what its workers
+    # are at, the sum and the next one; and the matrices themselves.
+    most = 2 * (1 + 64) + 2 * 64 + 3 * 3 + 2 + 2
+    assert few.disk_bytes < many.disk_bytes == (3 + most) * GRAM
+
+
 def test_of_a_sample_of_tokens_fewer_answers_are_kept(pico: Path) -> None:
     rows = 2 * 10**5
     grams, cluster = {"source": "activations", "tokens": 4}, {"workers": 1, "memory_limit": "99GiB"}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from listening import Listening
 
 from bmm.errors import ClusterError
+from bmm.grams import blocks
 from bmm.pipeline import perform_here, run_stages
-from bmm.progress import SilentReporter, reporting
+from bmm.progress import reporting
 from bmm.recipe import Recipe
 from bmm.sources import fingerprint_inputs
 from bmm.stages.request import Result
@@ -24,18 +28,10 @@ from tests.faults.forge import Forge
 pytestmark = pytest.mark.slow
 
 KILLS, SCHEDULERS, SHARDS = 30, 2, 144
+BLOCK = 8
+"""So many shards are added at a time: often, and in the middle of everything."""
 AWAY_SECONDS = 20.0
 _PATIENCE = 120.0
-
-
-class Listening(SilentReporter):
-    """Keeps what a person would have been told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def tell(self, text: str) -> None:
-        self.told.append(text)
 
 
 class Fire:
@@ -65,16 +61,21 @@ class Fire:
         """Do it all, each deed when its moment has come."""
         for moment, deed in self._plan:
             end = time.monotonic() + _PATIENCE
-            while len(self._shards()) < moment:
+            while self._finished() < moment:
                 if self.over.is_set() or time.monotonic() > end:
                     return
                 time.sleep(0.005)
             time.sleep(self._random.uniform(0.0, 0.05))
             deed()
-            self.left.append(SHARDS - len(self._shards()))
+            self.left.append(SHARDS - self._finished())
 
     def _shards(self) -> list[Path]:
         return [path.parent for path in (self._store / "artefacts" / "gram-shard").glob("*/manifest.json")]
+
+    def _finished(self) -> int:
+        """Return how many shards have been begun and are not under way, whether or not they have been added since."""
+        begun = len(list((self._store / "locks").glob("gram-shard-*.lock")))
+        return begun - len(list((self._store / "progress").glob("gram-shard-*")))
 
     def _kill_worker(self) -> None:
         while not (workers := self._forge.workers()):
@@ -87,9 +88,14 @@ class Fire:
         self.done.append("scheduler")
 
     def _truncate(self) -> None:
-        shard = self._random.choice(sorted(self._shards()))
-        largest = max((path for path in shard.iterdir()), key=lambda path: path.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+        while True:
+            # The youngest is added last; there is none for a moment, or it goes while it is looked at.
+            with suppress(ValueError, OSError):
+                shard = max(self._shards(), key=lambda path: path.stat().st_mtime_ns)
+                largest = max((path for path in shard.iterdir()), key=lambda path: path.stat().st_size)
+                os.truncate(largest, largest.stat().st_size // 2)
+                break
+            time.sleep(0.005)
         self.done.append("shard")
 
     def _take_away(self) -> None:
@@ -116,13 +122,14 @@ def shards_of(store: Path, result: Result) -> dict[str, int]:
     return {name: sum(count[name] for count in counts) for name in ("computed", "again", "found")}
 
 
-def test_grams_are_exact_whatever_dies(small: Path, tmp_path: Path) -> None:
+def test_grams_are_exact_whatever_dies(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Listening()
     with Forge(tmp_path, 2) as forge:
         settings: dict[str, Any] = {"scheduler": forge.address, "retry_seconds": 120}
         recipe = change(small, lambda said: said.update(cluster=settings, grams={"shard_rows": 1}))
         quiet = collected(recipe, tmp_path / "quiet")
         assert shards_of(tmp_path / "quiet", quiet) == {"computed": SHARDS, "again": 0, "found": 0}
+        monkeypatch.setattr(blocks, "BLOCK", BLOCK)
         fire = Fire(forge, tmp_path / "store", seed=4)
         rage = threading.Thread(target=fire.rage, daemon=True)
         rage.start()

@@ -93,6 +93,26 @@ def test_a_users_mistake_in_a_worker_comes_back_as_it_was(cluster: Cluster) -> N
         run_all(cluster, fail, [{"number": 3}], Counting())
 
 
+def test_answers_are_told_as_they_land(cluster: Cluster) -> None:
+    told: dict[int, int] = {}
+    requests = [{"number": number} for number in range(30)]
+    answers = run_all(cluster, lambda request: request["number"] ** 2, requests, landed=told.__setitem__)
+    assert [told[place] for place in range(30)] == answers
+
+
+def test_what_goes_wrong_where_answers_are_told_ends_the_run_and_is_not_tried_again(cluster: Cluster) -> None:
+    told: list[int] = []
+
+    def refuse(place: int, _: int) -> None:
+        told.append(place)
+        # As the connection's own trouble would look.
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        run_all(cluster, lambda request: request["number"], [{"number": one} for one in range(9)], landed=refuse)
+    assert len(told) == 1
+
+
 def test_a_fault_of_the_machine_is_tried_again_and_not_for_ever(cluster: Cluster, tmp_path: Path) -> None:
     def flaky(request: dict[str, Any]) -> int:
         marks = Path(request["marks"])

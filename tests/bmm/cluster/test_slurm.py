@@ -20,6 +20,7 @@ from typing import Any
 import dask
 import psutil
 import pytest
+from nights import ask_here
 
 from bmm.cluster.connection import workers
 from bmm.cluster.settings import ClusterSettings, SlurmSettings
@@ -84,7 +85,7 @@ def test_jobs_compute_the_grams_and_one_that_ends_is_submitted_again(
     recipe = edit_recipe(pico, grams={"shard_rows": 4})
     with monkeypatch.context() as here:
         here.setattr("bmm.stages.grams.workers", lambda _: nullcontext())
-        here.setattr("bmm.stages.grams.run_all", lambda _, ask, shards, *__, **___: [ask(one) for one in shards])
+        here.setattr("bmm.stages.grams.run_all", ask_here)
         reference = collected(recipe, tmp_path / "here")
     settings: dict[str, Any] = {
         "workers": 1,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bmm.errors import CheckpointError, StoreAwayError
 from bmm.evaluation.data import Split
 from bmm.grams.collect import GramSum
-from bmm.grams.shards import SHARD_VERSION, ShardRequest, compute_shard, reduce, shards_of
+from bmm.grams.shards import SHARD_VERSION, ShardRequest, compute_shard, shards_of
+from bmm.grams.sums import reduce
 from bmm.kinds.texts import TextRow as Row
 from bmm.modules.linear import LinearMap
 from bmm.sources import fingerprint_model
