@@ -18,7 +18,7 @@ from bmm.errors import RecipeError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
 from bmm.sources import fingerprint_inputs
-from bmm.stages import propagation
+from bmm.stages import walker
 from bmm.store import Entry, Store
 
 UPTO_SEARCH = ("experts", "task-vectors", "grams", "anchor", "search")
@@ -168,7 +168,7 @@ def test_a_worker_that_dies_on_the_way_changes_no_byte(
         if entry.kind in ("walk", "search", "stage-search"):
             assert store.discard(entry.kind, entry.key)
     edit_recipe(merged, cluster={"scheduler": dask_scheduler})
-    ask, asked = propagation.run_all, []
+    ask, asked = walker.run_all, []
 
     def ask_and_kill(cluster: Cluster, *arguments: Any, **options: Any) -> Any:
         asked.append(1)
@@ -178,7 +178,7 @@ def test_a_worker_that_dies_on_the_way_changes_no_byte(
             os.kill(next(iter(processes.values())), signal.SIGKILL)
         return ask(cluster, *arguments, **options)
 
-    monkeypatch.setattr(propagation, "run_all", ask_and_kill)
+    monkeypatch.setattr(walker, "run_all", ask_and_kill)
     search(merged)
     assert len(asked) > 3
     assert {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()} == before
