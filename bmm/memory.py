@@ -12,10 +12,25 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
+MANY = 32 * 2**20
+"""Bytes that are worth the way: looking through all free pieces takes a process with many of them milliseconds."""
 
-def give_back() -> None:
-    """Have the C library give all free memory back to the system; where it cannot be told to, nothing happens."""
-    _trim()(0)
+
+class _Freed:
+    """What was freed since memory was last given back; about right is enough, whatever the thread."""
+
+    size = 0
+
+
+def give_back(freed: int) -> None:
+    """Note that so many bytes were freed; once they are many, have the C library give all free memory to the system.
+
+    Where it cannot be told to, nothing happens.
+    """
+    _Freed.size += freed
+    if _Freed.size >= MANY:
+        _Freed.size = 0
+        _trim()(0)
 
 
 @cache

@@ -68,9 +68,10 @@ class Resident:
 
     def drop(self, layer: str) -> None:
         """Let go of the weights of one layer."""
+        freed = sum(parameter.nbytes for parameter in self._layers[layer].values())
         for parameter in self._layers[layer].values():
             parameter.data = torch.empty(0)
-        give_back()
+        give_back(freed)
 
     @contextmanager
     def passing(self, give: Give) -> Iterator[None]:

@@ -55,6 +55,11 @@ class Moments:
         """Return `Σ_t ‖X̃_t [W b]ᵀ − Y_t‖² / rows_t` of one map's solution, of the cross moment's shape."""
         return float(error_from_moments(solution, self.gram, self.cross[module], self.power[module]).sum())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums by name, to be stored; `rows` stands beside them."""
         named = {"gram": self.gram}

@@ -115,8 +115,9 @@ class Walker:
                 tensors |= {f"{group}:{name}": tensor for name, tensor in everything.tensors().items()}
             rows[group] = everything.rows
             # The next group's sizes are others.
+            freed = everything.nbytes
             del parts, everything, folds, solver, found
-            give_back()
+            give_back(freed)
         if moments:
             save_file(tensors, draft.path / MOMENTS)
         save_file(solutions, draft.path / SOLUTIONS)
