@@ -24,6 +24,7 @@ from bmm.recipe import ExpertSource, Recipe
 from bmm.sizes import parse_bytes, readable_bytes
 
 _FLOAT32, _FLOAT64 = 4, 8
+_HEADLESS = {None, "causal-lm", "seq2seq-lm", "lm-eval"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def estimate_stages(
             search_memory = max(solving, PROCESS_BYTES + 4 * model)
     else:
         search_memory = solving
+    if _fits_heads(recipe) and (whole := whole_bytes(outline.weights, ())) <= parse_bytes(recipe.cluster.memory_limit):
+        search_memory = max(search_memory, whole)
     # Without test rows nothing is measured, so nothing is merged to be compared either.
     measured = any("test" in expert.splits() for expert in recipe.experts)
     compared = len(recipe.evaluation.compare) * measured
@@ -132,6 +135,12 @@ def estimate_stages(
             StagePlan("publish", False, outline.stored_bytes, merging if recipe.anchor_alone else PROCESS_BYTES),
         )
     )
+
+
+def _fits_heads(recipe: Recipe) -> bool:
+    """Return whether an expert's head may be fitted: those of language models are merged, or none."""
+    kinds = {None if expert.task is None else expert.task.kind for expert in recipe.experts}
+    return recipe.regression.fits_heads is not None and bool(kinds - _HEADLESS)
 
 
 def _makes_heads(recipe: Recipe) -> bool:

@@ -1,11 +1,13 @@
 """The experts' heads fitted to a merged encoder, as files beside its weights; part of the search stage.
 
 What is fitted is `bmm.regression.head`; a head that is not there, because it was not to be fitted or has no last layer
-of its own, stays the expert's. One layer of an encoder is in memory at a time, as in the walk before.
+of its own, stays the expert's. An encoder that does not fit into `cluster.memory_limit` has one layer in memory at a
+time, read anew for each batch; the bytes are the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_files
 from bmm.evaluation.head import last_layer, layers_outside, rows_at
 from bmm.evaluation.model import TaskModel
+from bmm.grams.memory import whole_bytes
 from bmm.modules.residence import Give, Resident
 from bmm.modules.units import layers_of, units_of
 from bmm.prediction import StoredWeights, build_model, head_tensors, read_split
 from bmm.progress import progress
 from bmm.regression.head import fitted_head
+from bmm.sizes import parse_bytes
 from bmm.sources import Expert
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup
@@ -42,6 +47,8 @@ def write_heads(draft: Draft, work: Work, request: Request, setup: Setup, lam: f
     """
     merged = StoredWeights.of(draft.path)
     layers: dict[str, str | None] = {}
+    limit = parse_bytes(ClusterSettings.model_validate(request.where["cluster"]).memory_limit)
+    whole = whole_bytes(sum(math.prod(parameter.shape) for parameter in setup.layout.shared), ()) <= limit
     # The bytes must not depend on how many threads a machine has.
     with one_thread(), setup.weights() as weights, progress("fitting heads", len(setup.experts)) as bar:
         for index, expert in enumerate(setup.experts):
@@ -49,7 +56,7 @@ def write_heads(draft: Draft, work: Work, request: Request, setup: Setup, lam: f
             model = _model(setup, expert, artefact, request.settings["batch_size"])
             fitted: dict[str, Tensor] = {}
             if layers_outside(model):
-                fitted = _fitted(model, setup, weights, index, merged, artefact, lam)
+                fitted = _fitted(model, setup, weights, index, merged, artefact, lam, whole=whole)
             layers[expert.name] = next((name.rpartition(".")[0] for name in fitted), None)
             if fitted:
                 (draft.path / FOLDER).mkdir(exist_ok=True)
@@ -85,6 +92,8 @@ def _fitted(
     merged: Give,
     artefact: Artefact,
     lam: float,
+    *,
+    whole: bool,
 ) -> dict[str, Tensor]:
     """Return the tensors of an expert's last layer, fitted; none where its head has no such layer."""
 
@@ -94,7 +103,7 @@ def _fitted(
     prepared = model.prepare(read_split(artefact, "calibration").rows)
     model.expect_encoder(weights.names(), own)
     resident = Resident(model.encoder, weights.names())
-    if not resident.divide(layers_of(units_of(setup.regressed))):
+    if whole or not resident.divide(layers_of(units_of(setup.regressed))):
         resident.divide(())
     resident.surround(own)
     with resident.passing(own):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from bmm.errors import RecipeError
-from bmm.pipeline import merge, perform_here, run_stages
+from bmm.pipeline import STAGES, merge, perform_here, run_stages
 from bmm.recipe import Recipe
 from bmm.regression.head import fitted_head
 from bmm.sources import fingerprint_inputs, fingerprint_model
@@ -66,6 +66,19 @@ def test_the_output_has_the_fitted_heads_and_is_measured_with_them(
     for task, found in again["tasks"].items():
         assert found["model"] == document["metrics"]["test"][task]["merged"]
     assert document["metrics"]["test"] != plain["metrics"]["test"]
+
+
+def test_a_layer_at_a_time_gives_the_same_bytes(merged: Path, edit_recipe: Edit, in_process: None) -> None:
+    heads = []
+    for limit in ("8GiB", "1MiB"):
+        cluster = {"workers": 1, "memory_limit": limit}
+        recipe = Recipe.from_yaml(edit_recipe(merged, regression=FITTED, search="none", cluster=cluster))
+        store = Store.open(merged / f"store-{limit}")
+        results = run_stages(recipe, fingerprint_inputs(recipe), store, perform_here, STAGES[:-2])
+        found = store.read(results["search"].reference("search")).path / "heads"
+        heads.append({file.name: file.read_bytes() for file in found.iterdir()})
+    assert sorted(heads[0]) == [f"task{index}.safetensors" for index in range(3)]
+    assert heads[0] == heads[1]
 
 
 def test_by_default_a_walk_ends_with_the_heads_and_nothing_else_does(pico: Path, edit_recipe: Edit) -> None:
