@@ -232,6 +232,12 @@ def strength_rule(document: Document) -> str:
     return str((document.get("search") or {}).get("lambda", "search"))
 
 
+def fits_heads(document: Document) -> bool:
+    """Return whether a head of the merged model is not its expert's own."""
+    layers = ((document.get("search") or {}).get("heads") or {}).get("layers") or {}
+    return any(layers.values())
+
+
 def method(document: Document) -> str:
     """Return what the regression was made from and how its prior's strength was chosen, without a full stop."""
     if strength_rule(document) == "none":
@@ -241,8 +247,7 @@ def method(document: Document) -> str:
     if ((document.get("recipe") or {}).get("regression") or {}).get("mode") == "propagated":
         source = "propagated"
     of = f", {grams['tokens']} tokens of each sequence (seed {grams['tokens_seed']})" if "tokens" in grams else ""
-    heads = ((document.get("search") or {}).get("heads") or {}).get("layers") or {}
-    fitted = "; each task's last layer is fitted to the merged encoder" if any(heads.values()) else ""
+    fitted = "; each task's last layer is fitted to the merged encoder" if fits_heads(document) else ""
     return f"the regression is on {_SOURCES[source]}{of}; {_STRENGTHS[strength_rule(document)]}{fitted}"
 
 

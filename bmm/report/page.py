@@ -57,6 +57,7 @@ def report_page(document: Document) -> str:
     view = {
         "opening": findings.opening(document),
         "method": findings.method(document),
+        "fits_heads": findings.fits_heads(document),
         "unmeasured": findings.unmeasured(document),
         "warnings": findings.warnings(document),
         "confidence": findings.confidence(document),

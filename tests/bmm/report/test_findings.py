@@ -7,6 +7,7 @@ from math import prod
 import pytest
 
 from bmm.report import findings
+from bmm.report.page import report_page
 from bmm.report.takeaways import takeaways
 
 
@@ -48,6 +49,15 @@ def test_how_the_regression_was_made_is_said_in_words(document):
         document["search"]["lambda"] = rule
         assert "task vectors, without any data; the strength" in findings.method(document)
         assert said in findings.method(document)
+
+
+def test_fitted_heads_are_said_on_the_page_and_kept_ones_are_not_called_fitted(document):
+    assert "with each expert's head." in report_page(document).replace("&#39;", "'")
+    document["search"]["heads"] = {"lambda": 0.1, "layers": {"news": None, "mail": "classifier"}}
+    assert "each task's last layer is fitted" in findings.method(document)
+    assert "task's head, fitted to it" in report_page(document).replace("&#39;", "'")
+    document["search"]["heads"]["layers"] = {"news": None, "mail": None}
+    assert "fitted" not in findings.method(document)
 
 
 def test_a_good_merge_has_no_warnings(document):
