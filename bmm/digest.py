@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from bmm.threads import ahead
+
+_WORTH_THREADS = 1 << 24
+"""Bytes; fewer are read before threads have started."""
 
 
 def canonical_json(value: Any) -> str:
@@ -34,6 +40,13 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def digest_each(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 (hexadecimal) of each file's bytes, several files at a time where they are large."""
+    large = sum(path.stat().st_size for path in paths) > _WORTH_THREADS
+    return list(ahead(digest_file, paths, min(len(paths), os.cpu_count() or 1) if large else 1))
+
+
 def digest_files(paths: Iterable[tuple[str, Path]]) -> str:
     """Return one digest of several files under the names they are known by, whatever their order."""
-    return digest_json({name: digest_file(path) for name, path in paths})
+    named = dict(paths)
+    return digest_json(dict(zip(named, digest_each(list(named.values())), strict=True)))

@@ -31,7 +31,7 @@ class TaskVectors:
         self.count = weights.count
         self._weights = weights
         self._matrix = matrix
-        self.base = self._part(weights.base(name), "the base model")
+        self.base = self._values(self._part(weights.base(name)), "the base model")
 
     @property
     def map(self) -> str:
@@ -44,20 +44,39 @@ class TaskVectors:
         Raises:
             CheckpointError: the tensor holds NaN or infinities, or has another shape than the base's.
         """
-        owner = f"expert {index + 1} of {self.count}"
-        tensor = self._weights.expert(index, self.name)
-        require_shape(tensor, self._weights.base(self.name), self.name, owner)
-        return self._part(tensor, owner) - self.base
+        return self._values(self._stored(index), self._owner(index)).sub_(self.base)
 
     def __iter__(self) -> Iterator[Tensor]:
         for index in range(self.count):
-            vector = self.at(index)
-            if bool(vector.any()):
+            vector = self._changed(index)
+            if vector is not None:
                 yield vector
 
-    def _part(self, tensor: Tensor, owner: str) -> Tensor:
-        part = tensor if self._matrix is None else self._matrix.part(tensor)
-        values = part.to(torch.float64)
+    def _changed(self, index: int) -> Tensor | None:
+        """Return one expert's task vector, None if it is zero."""
+        stored, base = self._stored(index), self._part(self._weights.base(self.name))
+        alike = stored.dtype == base.dtype
+        # Entries as they are stored are compared several times as fast as differences are looked through, and mostly
+        # the first ones differ. Entries of two dtypes may be equal all the same.
+        if alike and torch.equal(stored, base):
+            return None
+        vector = self._values(stored, self._owner(index)).sub_(self.base)
+        return vector if alike or bool(vector.any()) else None
+
+    def _owner(self, index: int) -> str:
+        return f"expert {index + 1} of {self.count}"
+
+    def _stored(self, index: int) -> Tensor:
+        tensor = self._weights.expert(index, self.name)
+        require_shape(tensor, self._weights.base(self.name), self.name, self._owner(index))
+        return self._part(tensor)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        return tensor if self._matrix is None else self._matrix.part(tensor)
+
+    def _values(self, part: Tensor, owner: str) -> Tensor:
+        """Return a copy of finite entries, float64."""
+        values = part.to(torch.float64, copy=True)
         # A finite sum has finite terms, and is found in one pass.
         if not math.isfinite(float(values.sum())):
             checked(part, self.name, owner)
@@ -73,7 +92,7 @@ class TaskVectors:
     def mean(self) -> Tensor | None:
         """Return `Σ τ_t / T` over all `T` experts, or None where every expert equals the base."""
         total = self.total()
-        return None if total is None else total / self.count
+        return None if total is None else total.div_(self.count)
 
 
 class ScaledAnchor(ABC):
@@ -98,6 +117,8 @@ class ScaledAnchor(ABC):
     def direction(self, name: str, weights: Weights) -> tuple[Tensor | None, Treatment]:
         """Return one floating-point tensor's direction (float64, None if every expert equals it), and its treatment.
 
+        The tensor is the caller's: it is a new one each time.
+
         Raises:
             CheckpointError: a tensor holds NaN or infinities, or has another shape than the base's.
         """
@@ -114,7 +135,7 @@ class ScaledAnchor(ABC):
         direction, treatment = self.direction(name, weights)
         if direction is None:
             return Merged(base.to(torch.float32, copy=True), "copied")
-        return Merged((base.to(torch.float64) + self.scale * direction).to(torch.float32), treatment)
+        return Merged(direction.mul_(self.scale).add_(base.to(torch.float64)).to(torch.float32), treatment)
 
 
 class TaskVectorAnchor(ScaledAnchor):

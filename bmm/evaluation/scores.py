@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from bmm.errors import BMMError
 
@@ -128,6 +127,8 @@ def _spearman(answers: ArrayLike, labels: Sequence[float]) -> Statistics:
     A resample keeps these ranks: ranking each anew would be no sum over rows. The interval is that of Pearson's
     coefficient of the full sample's ranks, to which the two differ by what repeated rows add to ties.
     """
+    from scipy.stats import rankdata
+
     values = np.asarray(answers, dtype=np.float64)
     if values.shape not in ((len(labels),), (len(labels), 1)):
         raise BMMError(f"answers of shape {values.shape} do not belong to {len(labels)} labels")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bmm.digest import digest_file, digest_json
+from bmm.digest import digest_each, digest_json
 from bmm.errors import ArtefactDamagedError
 
 MANIFEST = "manifest.json"
@@ -32,9 +32,11 @@ def manifest_of(
         provenance: when, where and with what it was made; not digested.
         seconds: how long that took.
     """
+    names = files_of(folder)
+    digests = digest_each([folder / name for name in names])
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)}
-        for name in files_of(folder)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in zip(names, digests, strict=True)
     }
     manifest = {
         "schema": _SCHEMA,

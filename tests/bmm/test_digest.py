@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmm.digest import canonical_json, digest_file, digest_files, digest_json, digest_text
+from bmm.digest import canonical_json, digest_each, digest_file, digest_files, digest_json, digest_text
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -54,3 +54,14 @@ def test_files_are_known_by_name_and_bytes_and_not_by_order_or_place(tmp_path: P
     )
     assert digest_files([("x", a), ("y", b)]) != digest_files([("x", b), ("y", a)])
     assert digest_files([("x", a)]) != digest_files([("z", a)])
+
+
+def test_several_large_files_have_the_digests_that_each_has_alone(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * (5 << 20))
+    alone = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert digest_each(paths) == alone
+    assert digest_files((path.name, path) for path in paths) == digest_json(
+        {path.name: digest for path, digest in zip(paths, alone, strict=True)}
+    )

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from bmm.anchors.interface import Sources
 from bmm.anchors.registry import build
 from bmm.anchors.settings import AnchorSettings
+from bmm.anchors.task_vectors import TaskVectors
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap
 
@@ -85,3 +86,29 @@ def test_a_scale_that_is_not_chosen_yet_is_refused(random_weights):
     settings = TypeAdapter(AnchorSettings).validate_python({"method": "ta", "scale": "validation"})
     with pytest.raises(BMMError, match="yet to be chosen"):
         build(settings).merge("map.weight", random_weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_an_expert_that_equals_the_base_gives_no_task_vector_whatever_its_dtype(dtype, random_weights):
+    weights = random_weights(shapes={"held": (4, 3)})
+    base = weights.bases["held"].to(torch.bfloat16)
+    weights.bases["held"] = base
+    weights.experts[0]["held"] = base.to(dtype)
+    weights.experts[1]["held"] = base.to(dtype) + 1
+    found = list(TaskVectors("held", weights))
+    assert len(found) == len(weights.experts) - 1
+    torch.testing.assert_close(found[0], weights.experts[1]["held"].double() - base.double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["average", "ta", "ties", "dare", *METHODS])
+def test_merging_changes_no_tensor_that_it_reads(method, random_weights):
+    weights = random_weights(shapes={"held": (6, 5)})
+    weights.bases["held"] = weights.bases["held"].double()
+    for expert in weights.experts:
+        expert["held"] = expert["held"].double()
+    before = [weights.bases["held"].clone(), *(expert["held"].clone() for expert in weights.experts)]
+    first = merged(method, weights, [map_of("m", 6, 5)])
+    second = merged(method, weights, [map_of("m", 6, 5)])
+    after = [weights.bases["held"], *(expert["held"] for expert in weights.experts)]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert torch.equal(first.tensor, second.tensor)
