@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bmm.grams.settings import ActivationGrams, ArtifactGrams, GramSettings, HybridGrams, TaskVectorGrams
-from bmm.regression.settings import RegressionSettings
+from bmm.regression.settings import DEFAULT_LAMBDA, RegressionSettings
 from bmm.search.settings import ALL_TASKS, SearchSettings
 
 # Measured without any data, share of the experts' mean, λ = 0.01, 0.1, 1 against the evidence by type: four text tasks
@@ -66,6 +66,7 @@ def complete(
             )
     said = replace(said, grams=_grams(said.grams, splits, unseen, grams_said=grams_said))
     said = replace(said, regression=_mode(said))
+    said = replace(said, regression=_heads(said))
     rows = all("validation" in own for own in splits.values())
     if said.search.objective == "agreement":
         rows = rows or all("unlabelled" in own for own in splits.values())
@@ -98,6 +99,14 @@ def _mode(said: Choices) -> RegressionSettings:
             f"'regression.mode': propagated regression reads the calibration rows itself, so it cannot use Gram "
             f"matrices from '{said.grams.source}'; set grams.source to activations or the mode to module-wise"
         )
+    return regression
+
+
+def _heads(said: Choices) -> RegressionSettings:
+    """Have heads fitted without a walk too, where the Gram matrices are from calibration rows anyway."""
+    regression = said.regression
+    if regression.mode == "module-wise" and regression.heads is None and said.grams.source in ("activations", "hybrid"):
+        return _changed(regression, heads=DEFAULT_LAMBDA)
     return regression
 
 

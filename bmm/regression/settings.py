@@ -69,7 +69,8 @@ class RegressionSettings(BaseModel):
         default=None,
         description="fit the last layer of each expert's own head to the merged model, with this prior strength "
         "towards the expert's: to what the expert answers on its calibration rows, without labels; keep: the experts' "
-        f"heads as they are (always where a head has no such layer); {DEFAULT_LAMBDA} in propagated mode, else keep",
+        f"heads as they are (always where a head has no such layer); {DEFAULT_LAMBDA} where calibration rows are read "
+        "for the regression (propagated, or Gram matrices from activations or hybrid), else keep",
     )
 
     def settings(self) -> dict[str, Any]:
@@ -82,7 +83,10 @@ class RegressionSettings(BaseModel):
 
     @property
     def fits_heads(self) -> float | None:
-        """The prior strength with which heads are fitted; None where they are kept."""
+        """The prior strength with which heads are fitted; None where they are kept.
+
+        Module-wise, what a recipe leaves open depends on its Gram matrices: `bmm.completion` says it.
+        """
         if self.heads is None:
             return DEFAULT_LAMBDA if self.mode == "propagated" else None
         return None if self.heads == "keep" else self.heads

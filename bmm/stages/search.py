@@ -114,9 +114,11 @@ def _searched(
     rho = request.settings.get("rho")
     space = Space.of(settings, tuple(dict.fromkeys(groups.values())), tuple(objective.experts), rho)
     plan = Plan.of(settings, objective.experts, objective.noise, _reference(request))
+    # Trials answer with the experts' heads: a study does not depend on whether others are fitted in the end.
+    regression = {name: value for name, value in request.settings["regression"].items() if name != "heads"}
     identity = {
         "inputs": dict(request.inputs),
-        "settings": {**request.settings, "search": settings.identity()},
+        "settings": {**request.settings, "regression": regression, "search": settings.identity()},
         "version": version_of("search"),
     }
     with ExitStack() as stack:
@@ -159,7 +161,7 @@ def _studied(
 ) -> Found:
     """Run a study, from where a killed run or a smaller budget has left it, and keep it."""
     key = artefact_key(_STUDY, version_of("search"), identity, {})
-    log = draft.progress / _LOG
+    log = draft.progress / f"{key}.jsonl"
     draft.progress.mkdir(parents=True, exist_ok=True)
     kept = None if work.store.fresh or log.exists() else work.store.find(_STUDY, key)
     if kept is not None:

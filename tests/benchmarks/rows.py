@@ -179,7 +179,7 @@ def _ours(trials: int) -> list[Row]:
     walked = How(_fixed(PROPAGATED, LAMBDA), "search")
     held_out = How(_fixed(PROPAGATED, "held-out"), "search")
     twice = _fixed({**PROPAGATED, "regression": {**PROPAGATED["regression"], "rounds": 2}}, LAMBDA)
-    kept = {**PROPAGATED, "regression": {**PROPAGATED["regression"], "heads": "keep"}}
+    kept = keeping_heads(PROPAGATED)
     # So strong a prior that nothing but the heads is fitted, on Gram matrices that need no rows.
     heads_alone = {**DATA_FREE, "regression": {**DATA_FREE["regression"], "heads": LAMBDA}}
     alone = [
@@ -208,9 +208,16 @@ def _ours(trials: int) -> list[Row]:
         *alone,
         *(Row(name, lead, ours=True, data_free=False, seeded=True) for name, lead in LEADS.items()),
         _searched("module-wise, searched", MODULE_WISE, trials),
+        _searched("module-wise, searched, the experts' heads", keeping_heads(MODULE_WISE), trials),
         _searched("hybrid, searched", HYBRID, trials, How(MODULE_WISE, "grams")),
+        _searched("hybrid, searched, the experts' heads", keeping_heads(HYBRID), trials, How(MODULE_WISE, "grams")),
         replace(_searched("propagated, searched", PROPAGATED, trials, walked), aimed=True),
     ]
+
+
+def keeping_heads(changes: Changes) -> Changes:
+    """Return `changes` with the experts' heads left as they are."""
+    return {**changes, "regression": {**changes["regression"], "heads": "keep"}}
 
 
 def _searched(name: str, changes: Changes, trials: int, *after: How) -> Row:

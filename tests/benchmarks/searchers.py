@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.methods import where
-from benchmarks.rows import MODULE_WISE, PROPAGATED, How
+from benchmarks.rows import MODULE_WISE, PROPAGATED, How, keeping_heads
 from benchmarks.runs import Bench, Zoo
 from benchmarks.summary import BOOTSTRAP
 from benchmarks.trial_costs import trial_costs
@@ -144,7 +144,8 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
 
 
 def _changes(said: argparse.Namespace) -> dict[str, Any]:
-    changes = dict(MODULE_WISE if said.mode == "module-wise" else PROPAGATED)
+    # Trials answer with the experts' heads, and what they chose is compared with these too.
+    changes = dict(keeping_heads(MODULE_WISE if said.mode == "module-wise" else PROPAGATED))
     return changes if said.anchor is None else {**changes, "anchor": {"method": said.anchor}}
 
 

@@ -19,6 +19,7 @@ from bmm.recipe import Recipe
 from bmm.regression.head import fitted_head
 from bmm.sources import fingerprint_inputs, fingerprint_model
 from bmm.stages.evaluate import evaluate_checkpoint
+from bmm.stages.objective import Objective
 from bmm.stages.request import Work
 from bmm.store import Store
 
@@ -81,15 +82,36 @@ def test_a_layer_at_a_time_gives_the_same_bytes(merged: Path, edit_recipe: Edit,
     assert heads[0] == heads[1]
 
 
-def test_by_default_a_walk_ends_with_the_heads_and_nothing_else_does(pico: Path, edit_recipe: Edit) -> None:
-    said = {
-        mode: Recipe.from_yaml(edit_recipe(pico, regression={"mode": mode})).regression.settings()
-        for mode in ("propagated", "module-wise")
-    }
-    assert said["propagated"]["heads"] == 0.1
-    assert "heads" not in said["module-wise"]
-    kept = Recipe.from_yaml(edit_recipe(pico, regression={"heads": "keep"})).regression.settings()
-    assert "heads" not in kept
+@pytest.mark.parametrize(
+    ("grams", "regression", "expected"),
+    [
+        ({"source": "activations"}, {"mode": "propagated"}, 0.1),
+        ({"source": "activations"}, {"mode": "module-wise"}, 0.1),
+        ({"source": "hybrid"}, {}, 0.1),
+        ({"source": "task-vectors"}, {}, None),
+        ({"source": "task-vectors"}, {"heads": 0.3}, 0.3),
+        ({"source": "activations"}, {"mode": "module-wise", "heads": "keep"}, None),
+        ({"source": "activations"}, {"heads": "keep"}, None),
+    ],
+)
+def test_by_default_heads_are_fitted_where_calibration_rows_are_read(
+    pico: Path, edit_recipe: Edit, grams: dict[str, Any], regression: dict[str, Any], expected: float | None
+) -> None:
+    recipe = Recipe.from_yaml(edit_recipe(pico, grams=grams, regression=regression))
+    assert recipe.regression.settings().get("heads") == expected
+    assert recipe.regression.fits_heads == expected
+
+
+def test_a_search_is_not_run_again_for_other_heads(
+    merged: Path, edit_recipe: Edit, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Any] = {"search": {"trials": 3, "per": "model"}}
+    kept, _ = run(edit_recipe(merged, regression={"mode": "module-wise", "heads": "keep"}, **said).parent)
+    monkeypatch.setattr(Objective, "evaluate", lambda *_: pytest.fail("a trial was measured again"))
+    fitted, _ = run(edit_recipe(merged, regression={"mode": "module-wise"}, **said).parent)
+    assert "heads" not in kept["search"]
+    assert fitted["search"]["heads"]["lambda"] == 0.1
+    assert fitted["search"]["trials"] == kept["search"]["trials"]
 
 
 def test_heads_need_rows(pico: Path, edit_recipe: Edit) -> None:
