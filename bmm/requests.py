@@ -11,6 +11,7 @@ from typing import Any
 
 from bmm.grams.settings import sample_in
 from bmm.recipe import Recipe
+from bmm.search.plan import PROPOSALS
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
 
@@ -144,7 +145,7 @@ class Requests:
 
     def _search(self, results: Results) -> Request:
         search, regression = self.recipe.search, self.recipe.regression
-        settings = {
+        settings: dict[str, Any] = {
             "search": search.model_dump(mode="json"),
             "regression": regression.settings(),
             "minimum_coverage": self.recipe.coverage.minimum,
@@ -158,6 +159,8 @@ class Requests:
         elif search.searches("rho"):
             given["gram_parts"] = results["grams"].outputs["parts"]
             settings["rho"] = getattr(self.recipe.grams, "rho", None)
+        if search.trials and search.searcher in ("bayesian", "saas"):
+            settings["proposals"] = PROPOSALS
         if not search.trials:
             # The settings of the search do not count where there is none, but for what the evidence asks of them.
             kept = {"per", "trials"} | ({"log10_lambda"} if regression.strength == "evidence" else set())

@@ -96,10 +96,43 @@ def fitted(points: Any, outcomes: Any, variances: Any = None, *, sparse: bool = 
     return model
 
 
-def fitted_to_objective(trials: Sequence[Trial], noise: float | None, *, sparse: bool = False) -> Any:
-    """Return the Gaussian process fitted to the trials' objectives, with the noise of their rows; see `fitted`."""
+def fitted_to_objective(
+    trials: Sequence[Trial], noise: float | None, *, sparse: bool = False, shares: Sequence[float] = (1.0,)
+) -> Any:
+    """Return the Gaussian process fitted to the trials' objectives, with the noise of their rows; see `fitted`.
+
+    Args:
+        trials: of a study.
+        noise: the variance of an objective whose rows are not known, None where it is to be inferred.
+        sparse: see `fitted`.
+        shares: how much of what the rows tell may be noise (`bmm.search.rows`); of several the one is taken under which
+            the objectives are most probable.
+    """
+    points, variances = points_of(trials), variances_of(trials, noise)
     outcomes = outcomes_of(trials, lambda trial: float(trial.objective or 0.0))
-    return fitted(points_of(trials), outcomes, variances_of(trials, noise), sparse=sparse)
+    if variances is None or sparse or len(shares) == 1:
+        scaled = None if variances is None else (1.0 if sparse else shares[0]) * variances
+        return fitted(points, outcomes, scaled, sparse=sparse)
+    found: list[tuple[float, Any]] = []
+    for share in shares:
+        try:
+            model = fitted(points, outcomes, share * variances)
+            found.append((_log_evidence(model), model))
+        except numerical_errors():
+            # Another share may do; without any the trials are of no use.
+            if share == shares[-1] and not found:
+                raise
+    return max(found, key=lambda one: one[0])[1]
+
+
+def _log_evidence(model: Any) -> float:
+    """Return the logarithm of a fitted process's marginal likelihood, with its hyperparameters' priors, over rows."""
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    model.train()
+    found = float(ExactMarginalLogLikelihood(model.likelihood, model)(model(*model.train_inputs), model.train_targets))
+    model.eval()
+    return found
 
 
 def numerical_errors() -> tuple[type[Exception], ...]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from bmm.search.settings import ALL_TASKS, Searcher, SearchSettings
 from bmm.search.trial import Trial
 
+PROPOSALS = 2
+"""Version of Bayesian proposals (`bmm.search.propose`): with another one their studies begin anew."""
+
 
 @dataclass(frozen=True)
 class Plan:

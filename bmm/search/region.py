@@ -15,7 +15,7 @@ from bmm.errors import BMMError
 from bmm.search.space import Point
 from bmm.search.trial import Trial, best_of
 
-FIRST_LENGTH = 0.4
+FIRST_LENGTH = 0.8
 LARGEST_LENGTH = 0.8
 SMALLEST_LENGTH = 0.05
 SUCCESSES_TO_GROW = 2

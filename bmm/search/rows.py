@@ -4,7 +4,8 @@ Every trial answers the same rows, so which rows were drawn moves all of them al
 does is how the model of a setting happens to do better on some rows and worse on others than the other models: so the
 noise of a trial is that of its rows around the mean of all trials' rows, a randomised block design whose blocks are
 rows (Box, Hunter and Hunter, Statistics for Experimenters, chapter 4; in simulation, common random numbers). Between
-settings near each other that is a fraction of the variance over draws of the rows.
+settings near each other that is a fraction of the variance over draws of the rows. It is an upper bound: what a setting
+systematically does to some rows and not to others is in it (`bmm.search.bayesian` finds how much of it is noise).
 """
 
 from __future__ import annotations

@@ -114,13 +114,7 @@ def _searched(
     rho = request.settings.get("rho")
     space = Space.of(settings, tuple(dict.fromkeys(groups.values())), tuple(objective.experts), rho)
     plan = Plan.of(settings, objective.experts, objective.noise, _reference(request))
-    # Trials answer with the experts' heads: a study does not depend on whether others are fitted in the end.
-    regression = {name: value for name, value in request.settings["regression"].items() if name != "heads"}
-    identity = {
-        "inputs": dict(request.inputs),
-        "settings": {**request.settings, "regression": regression, "search": settings.identity()},
-        "version": version_of("search"),
-    }
+    identity = _identity(request, settings)
     with ExitStack() as stack:
         walking = Walking(work, request, setup, weights, anchored) if settings.walk == "every-trial" else None
         # With trials side by side the factors are in the workers; here each map is solved once, at the end.
@@ -154,6 +148,16 @@ def _searched(
         "pareto": [trial.index for trial in pareto_front(found.trials, plan)],
     }
     return found.best.settings, told, assembler
+
+
+def _identity(request: Request, settings: SearchSettings) -> dict[str, Any]:
+    """Return what trials depend on: not on whether heads are fitted in the end, as they answer with the experts'."""
+    regression = {name: value for name, value in request.settings["regression"].items() if name != "heads"}
+    return {
+        "inputs": dict(request.inputs),
+        "settings": {**request.settings, "regression": regression, "search": settings.identity()},
+        "version": version_of("search"),
+    }
 
 
 def _studied(

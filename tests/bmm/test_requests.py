@@ -95,7 +95,7 @@ def test_without_a_sample_of_tokens_no_request_speaks_of_one() -> None:
 
     grams, search = settings(tokens_seed=3)
     assert grams == {"source": "activations", "shard_rows": 128, "batch_size": 32}
-    assert search.keys() == {"search", "regression", "minimum_coverage", "dtype", "batch_size"}
+    assert search.keys() == {"search", "regression", "minimum_coverage", "dtype", "batch_size", "proposals"}
     sample = {"tokens": 4, "tokens_seed": 3}
     assert settings(**sample) == ({**grams, **sample}, {**search, **sample})
 

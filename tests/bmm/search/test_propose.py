@@ -136,8 +136,8 @@ def test_the_box_stays_in_the_cube_with_its_full_length() -> None:
     history = [a_trial(SPACE, 0, "anchor", SPACE.anchor_point(), 1.0)]
     region = trust_region(history)
     assert region.length == FIRST_LENGTH
-    assert region.lower == pytest.approx((0.6, 0.3, 0.6, 0.3))
-    assert region.upper == pytest.approx((1.0, 0.7, 1.0, 0.7))
+    assert region.lower == pytest.approx((0.2, 0.1, 0.2, 0.1))
+    assert region.upper == pytest.approx((1.0, 0.9, 1.0, 0.9))
 
 
 def test_the_box_grows_with_successes_and_shrinks_with_failures() -> None:
@@ -155,6 +155,7 @@ def test_the_box_grows_with_successes_and_shrinks_with_failures() -> None:
     lengths = [after([0.0] * FAILURES_TO_SHRINK) for _ in range(6)]
     assert min(lengths) >= SMALLEST_LENGTH
     assert lengths[:4] == pytest.approx([0.2, 0.1, 0.05, FIRST_LENGTH])
+    assert after([5.0, 6.0]) == pytest.approx(0.4)
 
 
 def test_without_a_complete_trial_there_is_nothing_to_search_around() -> None:
