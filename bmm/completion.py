@@ -66,7 +66,7 @@ def complete(
             )
     said = replace(said, grams=_grams(said.grams, splits, unseen, grams_said=grams_said))
     said = replace(said, regression=_mode(said))
-    said = replace(said, regression=_heads(said))
+    said = replace(said, regression=_heads(said, unseen))
     rows = all("validation" in own for own in splits.values())
     if said.search.objective == "agreement":
         rows = rows or all("unlabelled" in own for own in splits.values())
@@ -102,12 +102,11 @@ def _mode(said: Choices) -> RegressionSettings:
     return regression
 
 
-def _heads(said: Choices) -> RegressionSettings:
-    """Have heads fitted without a walk too, where the Gram matrices are from calibration rows anyway."""
+def _heads(said: Choices, unseen: Sequence[str]) -> RegressionSettings:
+    """Have heads fitted without a walk too, where every expert has calibration rows and the merge is not data-free."""
     regression = said.regression
-    if regression.mode == "module-wise" and regression.heads is None and said.grams.source in ("activations", "hybrid"):
-        return _changed(regression, heads=DEFAULT_LAMBDA)
-    return regression
+    fits = regression.mode == "module-wise" and said.grams.source != "task-vectors" and not unseen
+    return _changed(regression, heads=DEFAULT_LAMBDA) if fits and regression.heads is None else regression
 
 
 def _search(said: Choices, *, validation: bool) -> SearchSettings:

@@ -69,8 +69,8 @@ class RegressionSettings(BaseModel):
         default=None,
         description="fit the last layer of each expert's own head to the merged model, with this prior strength "
         "towards the expert's: to what the expert answers on its calibration rows, without labels; keep: the experts' "
-        f"heads as they are (always where a head has no such layer); {DEFAULT_LAMBDA} where calibration rows are read "
-        "for the regression (propagated, or Gram matrices from activations or hybrid), else keep",
+        f"heads as they are (always where a head has no such layer); {DEFAULT_LAMBDA} where every expert has "
+        "calibration rows and Gram matrices are not from task vectors, else keep",
     )
 
     def settings(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class RegressionSettings(BaseModel):
     def fits_heads(self) -> float | None:
         """The prior strength with which heads are fitted; None where they are kept.
 
-        Module-wise, what a recipe leaves open depends on its Gram matrices: `bmm.completion` says it.
+        Module-wise, what a recipe leaves open depends on its rows and Gram matrices: `bmm.completion` says it.
         """
         if self.heads is None:
             return DEFAULT_LAMBDA if self.mode == "propagated" else None

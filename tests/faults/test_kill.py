@@ -249,7 +249,7 @@ def test_in_search(scene: Scene, bmm: Bmm) -> None:
     scene.back_to("search")
 
     def log() -> bytes:
-        found = list((scene.store / "progress").glob("search-*/trials.jsonl"))
+        found = list((scene.store / "progress").glob("search-*/*.jsonl"))
         return found[0].read_bytes() if found else b""
 
     # The first line is the study's identity.
