@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import isfinite
 from typing import Any
 
 from bmm.search.rows import variances
@@ -115,13 +116,14 @@ def fitted_to_objective(
         return fitted(points, outcomes, scaled, sparse=sparse)
     found: list[tuple[float, Any]] = []
     for share in shares:
-        try:
+        # Another share may do where the numbers fail under this one.
+        with suppress(*numerical_errors()):
             model = fitted(points, outcomes, share * variances)
-            found.append((_log_evidence(model), model))
-        except numerical_errors():
-            # Another share may do; without any the trials are of no use.
-            if share == shares[-1] and not found:
-                raise
+            evidence = _log_evidence(model)
+            if isfinite(evidence):
+                found.append((evidence, model))
+    if not found:
+        raise ArithmeticError("no share of the rows' variance gives a Gaussian process whose evidence is a number")
     return max(found, key=lambda one: one[0])[1]
 
 
