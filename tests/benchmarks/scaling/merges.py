@@ -45,7 +45,7 @@ def measure(folder: Path, *, quick: bool, layers: int | None = None) -> dict[str
     found: dict[str, Any] = {"layers": layers, "methods": {}}
     with TemporaryDirectory(dir=folder) as place:
         run(["-c", _PREPARE, place, str(EXPERTS), str(layers)])
-        # TSV-M takes minutes a layer.
+        # TSV-M takes more than a minute a layer.
         for method in ("ta", "ties") if quick else METHODS:
             found["methods"][method] = _method(Path(place), method, 1 if quick else 3)
     compared = {method: one for method, one in found["methods"].items() if one["mergekit"]}
