@@ -9,6 +9,7 @@ no chain (a decoder that also reads an encoder) is run as a whole for each batch
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
 from bmm.modules.tokens import Sample, Tokens
 from bmm.modules.units import layers_of, units_of
-from bmm.modules.watch import Watch
+from bmm.modules.watch import Reached, Watch
 
 
 class Stream:
@@ -84,7 +85,8 @@ class Stream:
             found = Found(outside)
             for batch, last, those in zip(self._batches, hidden, tokens, strict=True):
                 skipped = given(self._encoder, self.layers, last, self._tuple_size)
-                with torch.inference_mode(), skipped, Watch(self._encoder, found, those):
+                found.begin()
+                with torch.inference_mode(), skipped, Watch(self._encoder, found, those), suppress(Reached):
                     self._encoder(**batch)
             yield found.checked()
 

@@ -68,6 +68,21 @@ def test_one_layer_is_in_memory_at_a_time() -> None:
     assert all(len(there) <= 1 for there in brought)
 
 
+def test_the_pass_outside_of_the_layers_ends_with_the_last_map() -> None:
+    model = encoder("bert", 1)
+    inputs = batches("bert", 2, 3)
+    maps = _readers(model, inputs[0])
+    assert maps[-1].module == "pooler.dense"
+    weights = dict(copy.deepcopy(model).named_parameters())
+    stream = Stream(model, weights, weights.__getitem__, inputs, maps)
+    ended: list[nn.Module] = []
+    # Of a language model this would be the logits of a batch: gigabytes.
+    model.pooler.dense.register_forward_hook(lambda module, *_: ended.append(module))
+    *_, outside = stream.sums()
+    assert outside["pooler.dense"].rows == sum(len(batch["input_ids"]) for batch in inputs)
+    assert not ended
+
+
 def test_a_map_that_no_row_reaches_is_named() -> None:
     model = encoder("bert", 1)
     inputs = batches("bert", 2, 3)
