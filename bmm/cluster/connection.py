@@ -33,13 +33,22 @@ class Cluster:
         where: what people call the scheduler.
         retry_seconds: how long a lost scheduler is tried again.
         start_seconds: how long there may be no worker.
+        expected: how many workers there will be, where that is known: jobs and pods come one after the other.
     """
 
-    def __init__(self, connect: Connect, where: str, retry_seconds: float, start_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        connect: Connect,
+        where: str,
+        retry_seconds: float,
+        start_seconds: float | None = None,
+        expected: int = 0,
+    ) -> None:
         self._connect = connect
         self._where = where
         self.retry_seconds = retry_seconds
         self.start_seconds = retry_seconds if start_seconds is None else start_seconds
+        self._expected = expected
         self.client = connect()
 
     @property
@@ -52,7 +61,7 @@ class Cluster:
         return sorted(self.client.scheduler_info(n_workers=-1)["workers"])
 
     def count(self) -> int:
-        """Return how many workers there are now, waiting for the first one.
+        """Return how many workers there are or are to come, waiting for the first one.
 
         Raises:
             ClusterError: none came in time.
@@ -61,7 +70,7 @@ class Cluster:
             self.client.wait_for_workers(1, timeout=self.start_seconds)
         except TimeoutError:
             raise self.workerless() from None
-        return len(self.addresses())
+        return max(self._expected, len(self.addresses()))
 
     def workerless(self) -> ClusterError:
         """Return the error that says that there has been no worker for too long."""
@@ -118,10 +127,12 @@ def workers(settings: ClusterSettings) -> Iterator[Cluster]:
         address = settings.scheduler
         try:
             cluster = Cluster(_connects(address), f"at {address}", settings.retry_seconds)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
+            # Dask does not say in one way that an address is none, or that it has no certificates for tls://.
+            said = " ".join(str(error).split()) or "it is not an address that Dask knows"
             raise RecipeError(
-                f"'cluster.scheduler': no Dask scheduler answers at {address} ({error}); "
-                "start it, or remove the key to use local workers"
+                f"'cluster.scheduler': no Dask scheduler answers at {address} ({said}); "
+                "start it, correct the address, or remove the key to use local workers"
             ) from None
         try:
             if _has_dashboard(cluster.client):
@@ -131,7 +142,7 @@ def workers(settings: ClusterSettings) -> Iterator[Cluster]:
             cluster.close()
         return
     with _started(settings) as (own, start_seconds):
-        cluster = Cluster(_connects(own), "of this merge", settings.retry_seconds, start_seconds)
+        cluster = Cluster(_connects(own), "of this merge", settings.retry_seconds, start_seconds, settings.workers)
         try:
             if settings.kubernetes is not None or find_spec("bokeh"):
                 tell(f"Dask's dashboard: {own.dashboard_link}")

@@ -174,6 +174,10 @@ class _Part:
             return False
         return len(self._done) < len(done) or self._solved == list(request.solved)[: len(self._solved)]
 
+    def left_behind(self, request: PartRequest) -> bool:
+        """Say whether the share was not asked for while the whole unit before the request's was solved."""
+        return self.walk == request.walk and len(self._done) < len(request.done) - 1
+
     def moments(self, request: PartRequest) -> list[tuple[Moments, ...]]:
         """Catch up, and return what was asked for."""
         for reference in request.done[len(self._done) :]:
@@ -202,10 +206,12 @@ class _Part:
 
 _lock = threading.Lock()
 _parts: dict[tuple[int, ...], _Part] = {}
-"""The shares of one walk that this process has: one, unless another worker has died. Used under the lock."""
+"""The shares of one walk that this process has: one, unless workers died or are to come. Used under the lock."""
 
 
 def _part_of(request: PartRequest) -> _Part:
+    # Those that have gone on elsewhere, with workers that came later, would be memory for nothing.
+    _drop([tasks for tasks, kept in _parts.items() if tasks != request.tasks and kept.left_behind(request)])
     part = _parts.get(request.tasks)
     if part is None or not part.precedes(request):
         _drop([tasks for tasks, kept in _parts.items() if tasks == request.tasks or kept.walk != request.walk])

@@ -30,7 +30,9 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["nonsense://x", "tcp://"])
+@pytest.mark.parametrize(
+    "address", ["nonsense://x", "tcp://", "tls://127.0.0.1:8786", "tcp://127.0.0.1:abc", "ucx://127.0.0.1:1"]
+)
 def test_an_address_that_is_none_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_CONNECT_SECONDS", 0.3)
     with pytest.raises(RecipeError, match=r"'cluster\.scheduler'"), workers(ClusterSettings(scheduler=address)):
@@ -50,6 +52,21 @@ def test_a_scheduler_without_workers_is_waited_for_and_named() -> None:
             pytest.raises(ClusterError, match=rf"{address} has had no workers for 0 s; start"),
         ):
             cluster.count()
+
+
+def test_workers_that_are_still_to_come_are_counted() -> None:
+    from distributed import Client, LocalCluster
+
+    with LocalCluster(
+        n_workers=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as queue:
+        jobs = connection.Cluster(lambda: Client(queue), "of jobs", 5.0, expected=3)
+        try:
+            # As the first of three jobs has left the queue.
+            assert len(jobs.addresses()) == 1
+            assert jobs.count() == 3
+        finally:
+            jobs.close()
 
 
 def test_the_dashboard_is_shown_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

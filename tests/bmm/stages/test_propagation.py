@@ -17,8 +17,9 @@ from bmm.cluster.connection import Cluster
 from bmm.errors import RecipeError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
+from bmm.regression.moments import Moments
 from bmm.sources import fingerprint_inputs
-from bmm.stages import walker
+from bmm.stages import walk_part, walker
 from bmm.store import Entry, Store
 
 UPTO_SEARCH = ("experts", "task-vectors", "grams", "anchor", "search")
@@ -83,6 +84,30 @@ def test_the_walk_gives_the_same_bytes_in_workers_and_here(
     search(merged)
     after = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
     assert after == before
+
+
+def test_shares_that_went_on_elsewhere_are_let_go_of(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
+    store = Store.open(merged / "store")
+    for entry in store.entries():
+        if entry.kind in ("walk", "search", "stage-search"):
+            assert store.discard(entry.kind, entry.key)
+    kept: list[set[tuple[int, ...]]] = []
+
+    def cut_otherwise_at_first(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
+        # As if all shares were this worker's until others come.
+        first = not values["done"]
+        shares = [(task,) for task in values["tasks"]] if first else [values["tasks"]]
+        found = [moments for tasks in shares for moments in walk_part.part_moments({**values, "tasks": tasks})]
+        kept.append(set(walk_part._parts))
+        return found
+
+    monkeypatch.setattr(walker, "part_moments", cut_otherwise_at_first)
+    search(merged)
+    after = {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()}
+    assert after == before
+    assert kept[0] == {(0,), (1,), (2,)}
+    assert kept[-1] == {(0, 1, 2)}
 
 
 def test_every_map_may_have_the_strength_that_unseen_rows_ask_for(
