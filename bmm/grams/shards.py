@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +31,7 @@ from bmm.grams.collect import GramSum, collect
 from bmm.grams.settings import SAMPLE, sample_in
 from bmm.grams.stream import Stream
 from bmm.kinds.registry import kind_of
+from bmm.memory import MANY, give_back
 from bmm.modules.linear import LinearMap
 from bmm.modules.tokens import Sample
 from bmm.modules.units import units_of
@@ -43,6 +45,9 @@ SHARD_VERSION = 4
 FILE_BYTES = 32 * 2**20
 """About as large is each file of sums."""
 _FLOAT64 = 8
+_lock = threading.Lock()
+_kept: dict[tuple[object, ...], TaskModel] = {}
+"""The expert that this process has loaded, one at most. Used under the lock."""
 _WHERE = ("store", "expert_path", "expert_base", "data", "streamed")
 
 
@@ -99,7 +104,20 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
     Raises:
         StoreAwayError: the store does not show the rows; it may come back.
     """
-    request = ShardRequest(**{**values, "maps": tuple(values["maps"])})
+    # A worker that somebody started with several threads has one model, and runs one shard at a time.
+    with _lock:
+        return _computed(ShardRequest(**{**values, "maps": tuple(values["maps"])}))
+
+
+def forget() -> None:
+    """Let go of the expert that this process has loaded, the rows and the store."""
+    with _lock:
+        _kept.clear()
+        _rows.cache_clear()
+        _store_at.cache_clear()
+
+
+def _computed(request: ShardRequest) -> ShardAnswer:
     store = _store_at(request.store)
     data = Reference.from_json(request.data)
     attempts = 0
@@ -205,9 +223,18 @@ def _opened(path: str, base: str | None, digest: str) -> Checkpoint:
     return open_verified(Path(path), digest, Path(base) if base else None)
 
 
-@lru_cache(maxsize=1)
 def _loaded(path: str, base: str | None, digest: str, reading: str, batch_size: int) -> TaskModel:
     """Return the expert ready to run; the last one stays loaded, since shards of one expert come together."""
+    which = (path, base, digest, reading, batch_size)
+    if which not in _kept:
+        # Before the next one is there: two experts at once would not fit where one does.
+        _kept.clear()
+        give_back(MANY)
+        _kept[which] = _load(*which)
+    return _kept[which]
+
+
+def _load(path: str, base: str | None, digest: str, reading: str, batch_size: int) -> TaskModel:
     with _opened(path, base, digest) as checkpoint:
         model, names = _built(checkpoint, json.loads(reading), batch_size)
         model.load_encoder({name: checkpoint.tensor(stored) for name, stored in names.items()})

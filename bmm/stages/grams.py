@@ -21,7 +21,7 @@ from bmm.cluster.settings import ClusterSettings
 from bmm.grams import store as gram_store
 from bmm.grams.memory import whole_bytes
 from bmm.grams.settings import sample_in
-from bmm.grams.shards import ShardAnswer, ShardRequest, compute_shard, shards_of
+from bmm.grams.shards import ShardAnswer, ShardRequest, compute_shard, forget, shards_of
 from bmm.grams.sums import RunningSum, SumLostError
 from bmm.kinds.settings import reading
 from bmm.modules.linear import LinearMap
@@ -164,6 +164,8 @@ def _ask(missing: Sequence[tuple[RunningSum, int]], summing: Summing, cluster: C
     rows = sum(_rows(request) for request in requests)
     with progress("collecting Gram matrices", rows, "rows") as bar, workers(cluster) as reached:
         run_all(reached, compute_shard, requests, bar, steps=_rows, landed=landed)
+        # Workers of a standing scheduler live on, and are asked for other things.
+        reached.everywhere(forget)
 
 
 def _tell_counts(counts: Iterable[Mapping[str, int]]) -> None:

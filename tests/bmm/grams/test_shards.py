@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertModel
 
 from bmm.errors import CheckpointError, StoreAwayError
 from bmm.evaluation.data import Split
+from bmm.evaluation.model import TaskModel
+from bmm.grams import shards
 from bmm.grams.collect import GramSum
 from bmm.grams.shards import SHARD_VERSION, ShardRequest, compute_shard, shards_of
 from bmm.grams.sums import reduce
@@ -200,3 +207,44 @@ def test_computing_a_shard_leaves_the_threads_of_its_process_alone(whole: ShardR
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_expert_is_in_memory_at_a_time(
+    whole: ShardRequest, pico_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = fingerprint_model("experts/task1", pico_source, "the expert")
+    next_one = replace(whole, expert_digest=other.digest, expert_path=other.path)
+    load, seen = shards._load, []
+
+    def looked_at(*which: Any) -> TaskModel:
+        gc.collect()
+        seen.append(sum(type(thing) is BertModel for thing in gc.get_objects()))
+        return load(*which)
+
+    monkeypatch.setattr(shards, "_load", looked_at)
+    shards.forget()
+    already = sum(type(thing) is BertModel for thing in gc.get_objects())
+    for place, request in enumerate((whole, next_one, whole)):
+        compute_shard(vars(replace(request, store=moved(request, tmp_path / str(place)))))
+    assert seen == [already] * 3
+    shards.forget()
+    gc.collect()
+    assert sum(type(thing) is BertModel for thing in gc.get_objects()) == already
+
+
+def test_a_worker_of_several_threads_computes_what_one_of_one_does(whole: ShardRequest, tmp_path: Path) -> None:
+    answers = []
+    for threads in (1, 4):
+        place = moved(whole, tmp_path / str(threads))
+        requests = [vars(replace(shard, store=place)) for shard in shards_of(whole, len(TEXTS), 3)]
+        with ThreadPoolExecutor(threads) as pool:
+            answers.append(list(pool.map(compute_shard, requests)))
+    assert answers[0] == answers[1]
+    assert {answer.attempts for answer in answers[1]} == {1}
+
+
+def moved(request: ShardRequest, folder: Path) -> str:
+    """Return another store that has the rows of a request's."""
+    if not folder.exists():
+        copytree(request.store, folder, ignore=lambda _, names: [name for name in names if name == "gram-shard"])
+    return str(folder)
