@@ -19,6 +19,11 @@ from bmm.store import default_location
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
+_ADDRESS = re.compile(r"https?://[^/\s]+/?\S*", re.IGNORECASE)
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+"""What names the endpoint; the first one counts, as for other tools."""
+_SENT = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION")
+"""What goes into a request's headers."""
 _SOURCES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -71,7 +76,7 @@ class Address:
 
 def endpoint() -> str | None:
     """Return the endpoint that the environment names, as it may be shown; None for Amazon's own."""
-    named = _named_endpoint()
+    named = named_endpoint()
     if not named:
         return None
     parts = urlsplit(named)
@@ -80,7 +85,7 @@ def endpoint() -> str | None:
 
 def plain_http() -> bool:
     """Say whether the endpoint itself asks for plain http; nothing else may."""
-    return (_named_endpoint() or "").lower().startswith("http://")
+    return (named_endpoint() or "").lower().startswith("http://")
 
 
 def require_settings(address: Address) -> None:
@@ -89,11 +94,12 @@ def require_settings(address: Address) -> None:
     Raises:
         OutputError: which variable is wrong.
     """
-    named = _named_endpoint()
-    if named and not re.fullmatch(r"https?://[^/\s]+/?\S*", named, re.IGNORECASE):
-        raise OutputError(
-            f"AWS_ENDPOINT_URL, for the store {address}, is not an address like https://host:port; correct it"
-        )
+    named_endpoint()
+    for name in _SENT:
+        value = os.environ.get(name, "")
+        if value != value.strip() or not value.isprintable():
+            # A file's last line end, most often; the client for S3 would end the process over it.
+            raise OutputError(f"{name}, for the store {address}, has blanks or line ends around it; remove them")
     if not any(os.environ.get(name) for name in _SOURCES):
         raise OutputError(
             f"the store {address} needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
@@ -103,9 +109,26 @@ def require_settings(address: Address) -> None:
         raise OutputError(f"the store {address} needs AWS_SECRET_ACCESS_KEY beside AWS_ACCESS_KEY_ID; set it")
 
 
-def _named_endpoint() -> str | None:
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+def named_endpoint() -> str | None:
+    """Return the endpoint that the environment names, None for Amazon's own.
+
+    Raises:
+        OutputError: it is no address; names the variable.
+    """
+    name = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    if name is None:
+        return None
+    if not _is_address(os.environ[name]):
+        raise OutputError(f"{name} is not an address like https://host:port; correct it")
+    return os.environ[name]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(_ADDRESS.fullmatch(text) and parts.hostname and (parts.port is None or parts.port > 0))
+    except ValueError:
+        return False
 
 
 def _climbs(prefix: str) -> bool:

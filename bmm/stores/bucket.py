@@ -25,7 +25,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import S3Store
 
-from bmm.stores.address import Address, plain_http
+from bmm.stores.address import Address, named_endpoint, plain_http
 from bmm.stores.refusals import not_a_store, refusal, require_bucket, too_short, unreachable
 
 if TYPE_CHECKING:
@@ -68,9 +68,12 @@ class Listed:
 @lru_cache(maxsize=8)
 def _client(address: Address, _process: int, _environment: tuple[tuple[str, str], ...], retries: int) -> S3Store:
     # Connections are kept for the process; a changed environment or a fork has its own.
+    named = named_endpoint()
     return S3Store(
         address.bucket,
         prefix=address.prefix or None,
+        # Of several variables the client would take another one than messages name.
+        config={} if named is None else {"endpoint": named},
         client_options={
             "allow_http": plain_http(),
             "connect_timeout": timedelta(seconds=5),

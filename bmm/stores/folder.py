@@ -90,13 +90,17 @@ class Folder:
         """Return every artefact, whether it is whole or not, by kind and key."""
         found = []
         for path in sorted((self.root / "artefacts").glob("*/*")):
-            manifest = path / MANIFEST
-            size = sum((path / name).stat().st_size for name in files_of(path))
-            state = (manifest if manifest.exists() else path).stat()
-            said = unchecked(manifest.read_text(encoding="utf-8", errors="replace")) if manifest.exists() else {}
-            made = made_at(said, state.st_mtime)
-            found.append(Entry(path.parent.name, path.name, size, made, state.st_mtime, path, said))
+            # One that somebody removes meanwhile is none any more.
+            with suppress(FileNotFoundError):
+                found.append(self._entry(path))
         return found
+
+    def _entry(self, path: Path) -> Entry:
+        manifest = path / MANIFEST
+        size = sum((path / name).stat().st_size for name in files_of(path))
+        state = (manifest if manifest.exists() else path).stat()
+        said = unchecked(manifest.read_text(encoding="utf-8", errors="replace")) if manifest.exists() else {}
+        return Entry(path.parent.name, path.name, size, made_at(said, state.st_mtime), state.st_mtime, path, said)
 
     def keys(self, kind: str) -> list[str]:
         """Return the keys of one kind, in order."""

@@ -11,6 +11,7 @@ from bmm.disk import free_bytes
 from bmm.errors import ArtefactDamagedError, OutputError
 from bmm.store import Artefact, Draft, Entry, Reference, Store
 from bmm.stores.folder import Folder
+from bmm.stores.manifest import MANIFEST
 
 
 class LocalStore(Store):
@@ -66,13 +67,24 @@ class LocalStore(Store):
         damaged = []
         self._folder.forget()
         for entry in self.entries():
-            try:
-                self._folder.load(entry.kind, entry.key)
-            except ArtefactDamagedError as error:
-                damaged.append((entry, str(error)))
-            except FileNotFoundError:
-                damaged.append((entry, f"the {entry.kind} artefact {entry.key[:12]} has lost its manifest"))
+            if self._fault(entry) is not None:
+                # Or somebody is removing it, or making it anew.
+                with self._folder.locked_if_free(entry.kind, entry.key) as free:
+                    fault = self._fault(entry) if free and entry.path.exists() else None
+                if fault is not None:
+                    damaged.append((entry, fault))
         return damaged
+
+    def _fault(self, entry: Entry) -> str | None:
+        """Return what is wrong with an artefact, None if nothing is."""
+        try:
+            self._folder.load(entry.kind, entry.key)
+        except ArtefactDamagedError as error:
+            return str(error)
+        except FileNotFoundError:
+            lost = "a file" if (entry.path / MANIFEST).exists() else "its manifest"
+            return f"the {entry.kind} artefact {entry.key[:12]} has lost {lost}"
+        return None
 
     def discard(self, kind: str, key: str, *, used_since: float | None = None) -> bool:
         """Remove the artefact with this key, if it is there and nobody is at work on it."""

@@ -258,7 +258,8 @@ class ObjectStore(Store):
                 damaged.append((entry, str(error)))
                 continue
             names = self._damaged_files(manifest)
-            if names:
+            # Or somebody has removed it meanwhile.
+            if names and self._bucket.read(f"{prefix_of(entry.kind, entry.key)}/{MANIFEST}") is not None:
                 damaged.append((entry, f"the {entry.kind} artefact {entry.key[:12]} has a damaged file, {names[0]}"))
         return damaged
 

@@ -51,6 +51,11 @@ def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
         ({"AWS_SECRET_ACCESS_KEY": None}, "needs AWS_SECRET_ACCESS_KEY"),
         ({"AWS_ENDPOINT_URL": "localhost:9000"}, "is not an address like https://host:port"),
         ({"AWS_ENDPOINT_URL": "ftp://host"}, "is not an address like https://host:port"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:90000"}, "AWS_ENDPOINT_URL is not an address like https://host:port"),
+        ({"AWS_ENDPOINT": "http://[::1"}, "AWS_ENDPOINT is not an address like https://host:port"),
+        ({"AWS_ENDPOINT_URL_S3": "https://host:port"}, "AWS_ENDPOINT_URL_S3 is not an address like https://host:port"),
+        ({"AWS_SECRET_ACCESS_KEY": f"{SECRET}\n"}, "AWS_SECRET_ACCESS_KEY, for the store s3://bucket/x, has blanks or"),
+        ({"AWS_SESSION_TOKEN": "a\tb"}, "AWS_SESSION_TOKEN, for the store s3://bucket/x, has blanks or line ends"),
     ],
 )
 def test_an_environment_that_lacks_something_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,29 @@ def test_a_lost_manifest_is_listed_and_named(store: Store) -> None:
     assert (entry.kind, entry.key) == ("thing", KEY)
     ((_, reason),) = store.verify()
     assert "lost its manifest" in reason
+
+
+def test_what_is_removed_meanwhile_is_neither_listed_nor_damaged(store: Store) -> None:
+    stop, made = threading.Event(), 0
+
+    def churn() -> None:
+        nonlocal made
+        # A run's shards come and go.
+        while not stop.is_set():
+            store.obtain("gram-shard", f"{made % 8:064x}", fill)
+            made += 1
+            store.discard("gram-shard", f"{(made + 4) % 8:064x}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    looking = Store.open(store.location)
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end or made < 50:
+            assert looking.verify() == []
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_read_only_store_is_read_and_refuses_to_be_written(store: Store) -> None:
