@@ -20,7 +20,7 @@ from bmm.grams.memory import PROCESS_BYTES, streamed_bytes, whole_bytes
 from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams, sample_in
 from bmm.kinds.settings import ZeroShotImageClassification
 from bmm.outline import Outline
-from bmm.recipe import ExpertSource, Recipe
+from bmm.recipe import Recipe
 from bmm.sizes import parse_bytes, readable_bytes
 
 _FLOAT32, _FLOAT64 = 4, 8
@@ -43,7 +43,7 @@ class StagePlan:
 
 
 def estimate_stages(
-    recipe: Recipe, outline: Outline, tokens: Sequence[int], done: Collection[str] = ()
+    recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequence[int], done: Collection[str] = ()
 ) -> tuple[StagePlan, ...]:
     """Return what each stage needs.
 
@@ -51,6 +51,7 @@ def estimate_stages(
         recipe: what is asked for.
         outline: of the base's encoder.
         tokens: of a row of each expert's, at most.
+        rows: calibration rows of each expert.
         done: stages that need not run.
     """
     matrices = outline.matrices.values()
@@ -60,8 +61,8 @@ def estimate_stages(
     solved = sum(number * outputs * inputs for number, outputs, inputs in matrices) * _FLOAT64
     factors = gram + solved
     model = outline.weights * _FLOAT32
-    grams = _grams(recipe, outline, tokens)
-    walk_workers, walk_each, walk_moments = _walk(recipe, outline, tokens)
+    grams = _grams(recipe, outline, tokens, rows)
+    walk_workers, walk_each, walk_moments = _walk(recipe, outline, tokens, rows)
     solving = _solving_walk(outline, experts) if walk_workers else _solving(outline)
     # The moments of every layer go to the store.
     walk_disk = factors if walk_workers else 0
@@ -91,7 +92,7 @@ def estimate_stages(
     # Workers elsewhere have memory of their own.
     local = int(recipe.cluster.local)
     walk_here = walk_workers * walk_each * local
-    walk_note = f"a walk, {_workers(walk_workers, walk_each)}" if walk_workers else "each map on its own"
+    walk_note = f"a walk, {_workers(recipe, walk_workers, walk_each)}" if walk_workers else "each map on its own"
     return tuple(
         replace(stage, cached=stage.stage in done)
         for stage in (
@@ -120,9 +121,9 @@ def estimate_stages(
                     walk_here - (PROCESS_BYTES + walk_moments if walk_workers == 1 else 0),
                     trial_workers * trial_each * local,
                 ),
-                walk_note + (f"; trials, {_workers(trial_workers, trial_each)}" if trial_workers else ""),
+                walk_note + (f"; trials, {_workers(recipe, trial_workers, trial_each)}" if trial_workers else ""),
                 # A single share is walked in the merge's own process.
-                max(walk_each if walk_workers > 1 else 0, trial_each),
+                max(walk_each if walk_workers > 1 or not local else 0, trial_each),
             ),
             StagePlan(
                 "evaluate",
@@ -157,12 +158,24 @@ def worker_shortage(stages: Sequence[StagePlan], recipe: Recipe) -> tuple[float,
     needed = readable_bytes(neediest.worker_bytes)
     message = (
         f"'cluster.memory_limit' is {readable_bytes(limit)}, but a worker of the stage '{neediest.stage}' needs "
-        f"{needed}; raise it"
+        f"{needed}; raise it, or {_smaller(neediest, recipe)}"
     )
     return neediest.worker_bytes / limit, RecipeError(message)
 
 
-def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan:
+def _smaller(stage: StagePlan, recipe: Recipe) -> str:
+    """Return what to change so that a worker of a stage needs less memory."""
+    if stage.stage == "grams":
+        return "lower evaluation.batch_size or grams.shard_rows"
+    if recipe.regression.mode == "propagated":
+        return (
+            "take fewer calibration rows, or fewer of their tokens (grams.tokens), or more cluster.workers, up to one "
+            "for each expert; regression.mode module-wise keeps no activations"
+        )
+    return "lower search.parallel to 1"
+
+
+def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequence[int]) -> StagePlan:
     """Return what the Gram stage needs; workers that the whole expert does not fit into have it streamed."""
     experts, settings = len(recipe.experts), recipe.grams
     sizes = outline.gram_sizes
@@ -171,24 +184,28 @@ def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> StagePlan
         return StagePlan("grams", False, 0, PROCESS_BYTES, "nothing in this merge reads them")
     match settings:
         case TaskVectorGrams():
-            return StagePlan("grams", False, gram * experts, PROCESS_BYTES + gram, "from the task vectors, no data")
+            features, outputs = outline.largest_group
+            # One input's at a time: the matrix and the product that is added to it, and the task vectors behind them.
+            made = (2 * features**2 + features * outputs) * _FLOAT64
+            return StagePlan("grams", False, gram * experts, PROCESS_BYTES + made, "from the task vectors, no data")
         case ArtifactGrams():
             return StagePlan("grams", False, gram * experts, PROCESS_BYTES, "made elsewhere, copied")
-    shards = [math.ceil(_calibration_rows(expert) / settings.shard_rows) for expert in recipe.experts]
+    shards = [math.ceil(count / settings.shard_rows) for count in rows]
     copies = experts * (3 if isinstance(settings, HybridGrams) else 1)
     workers, each, how = recipe.cluster.workers, whole_bytes(outline.weights, sizes), ""
     if each > parse_bytes(recipe.cluster.memory_limit):
         hidden = settings.shard_rows * max(tokens, default=0) * outline.hidden
         each = streamed_bytes(outline.outside, outline.largest_layer, outline.layer_gram_sizes, hidden)
         how = ", layer by layer"
+    each += _inside(recipe, outline, tokens)
     some = "" if settings.tokens is None else f", {settings.tokens} tokens of each sequence"
-    note = f"{sum(shards)} shards{how}{some}, {_workers(workers, each)}"
+    note = f"{sum(shards)} shards{how}{some}, {_workers(recipe, workers, each)}"
     here = workers * each if recipe.cluster.local else PROCESS_BYTES
     held = most_held(shards, in_flight(workers))
     return StagePlan("grams", False, gram * (copies + held), here, note, each)
 
 
-def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int, int, int]:
+def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequence[int]) -> tuple[int, int, int]:
     """Return how many workers walk through the network (none without a walk), what the largest share needs, its sums.
 
     A worker holds what stands outside of the layers, and one layer, of the merged model and of an expert, the hidden
@@ -198,17 +215,18 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> tuple[int,
     if recipe.regression.mode != "propagated":
         return 0, 0, 0
     sample = sample_in(vars(recipe.grams)).get("tokens", max(tokens, default=0))
-    states = [
-        _calibration_rows(expert) * outline.walk_floats(most, min(most, sample))
-        for expert, most in zip(recipe.experts, tokens, strict=True)
-    ]
+    states = [count * outline.walk_floats(most, min(most, sample)) for count, most in zip(rows, tokens, strict=True)]
     count = min(recipe.cluster.workers, len(states))
     bounds = [len(states) * share // count for share in range(count + 1)]
     largest = max(sum(states[low:high]) for low, high in pairwise(bounds))
     weights = 2 * (outline.outside + outline.largest_layer)
     tasks = max(high - low for low, high in pairwise(bounds))
     moments = tasks * _moments(outline) + _moments(outline) // 2
-    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + MOST_BYTES + moments, moments
+    if count > 1 or not recipe.cluster.local:
+        # On their way to the merge's process, a worker has them twice more.
+        moments += 2 * tasks * _moments(outline)
+    inside = _inside(recipe, outline, tokens)
+    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + inside + MOST_BYTES + moments, moments
 
 
 def _moments(outline: Outline) -> int:
@@ -238,11 +256,13 @@ def _solving_walk(outline: Outline, parts: int) -> int:
     return PROCESS_BYTES + sums + outline.widest * _FLOAT32
 
 
-def _workers(count: int, each: int) -> str:
+def _inside(recipe: Recipe, outline: Outline, tokens: Sequence[int]) -> int:
+    """Return the bytes of what a batch leaves inside of a layer: a gate, what it opens, and their product."""
+    return 3 * recipe.evaluation.batch_size * max(tokens, default=0) * outline.widest_answer * _FLOAT32
+
+
+def _workers(recipe: Recipe, count: int, each: int) -> str:
+    if recipe.cluster.scheduler is not None:
+        # Only the scheduler knows how many there are.
+        return f"each worker needs {each / 2**30:.1f} GiB"
     return f"{count} worker{'' if count == 1 else 's'}, each needs {each / 2**30:.1f} GiB"
-
-
-def _calibration_rows(expert: ExpertSource) -> int:
-    """Return how many calibration rows an expert has, or about how many, where only its file knows."""
-    source = expert.splits().get("calibration")
-    return 0 if source is None else source.rows or 256

@@ -22,6 +22,7 @@ from bmm.hub import hub_id
 from bmm.kinds.settings import DEFAULT_KIND, SplitSource
 from bmm.outline import outline_of_config, read_config
 from bmm.recipe import Recipe
+from bmm.row_counts import calibration_rows
 from bmm.sources import check_output, split_files
 
 _SHOWN = 3
@@ -98,7 +99,7 @@ def estimate_offline(recipe: Recipe, config: Path) -> tuple[tuple[StagePlan, ...
         outline.tokens(expert.task.model_dump(), recipe.resolve(expert.model)) if expert.task else 0
         for expert in recipe.experts
     ]
-    stages = estimate_stages(recipe, outline, tokens)
+    stages = estimate_stages(recipe, outline, tokens, calibration_rows(recipe))
     if (shortage := worker_shortage(stages, recipe)) is not None:
         raise shortage[1]
     return stages, outline.stored_bytes

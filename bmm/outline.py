@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,18 @@ class Outline:
 
     @property
     def hidden(self) -> int:
-        """Numbers in the hidden state of one token, between two layers."""
-        return min((inputs for _, _, inputs in self.matrices.values()), default=0)
+        """Numbers in the hidden state of one token, between two layers: what most maps read.
+
+        Not the fewest: patches of an image, or what attention is compressed to, may be smaller.
+        """
+        sizes = Counter(inputs for _, _, inputs in self.matrices.values())
+        return max(sizes, key=lambda size: (sizes[size], -size), default=0)
+
+    @property
+    def widest_answer(self) -> int:
+        """Outputs of the widest map inside of a layer, or of all maps where there are no layers."""
+        inside = [outputs for name, (_, outputs, _) in self.matrices.items() if _LAYER.match(name)]
+        return max(inside or [outputs for _, outputs, _ in self.matrices.values()], default=0)
 
     def walk_floats(self, tokens: int, answered: int) -> int:
         """Return the numbers that the walk of propagated regression keeps of a row: one layer's answers, three streams.
@@ -139,8 +150,7 @@ class Outline:
             layers.setdefault(found[0] if found else name, []).append(matrix)
         return max(
             (
-                answered * sum(outputs for number, outputs, _ in layer if number == 1)
-                + tokens * 3 * min(inputs for *_, inputs in layer)
+                answered * sum(outputs for number, outputs, _ in layer if number == 1) + tokens * 3 * self.hidden
                 for layer in layers.values()
             ),
             default=0,

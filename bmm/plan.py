@@ -21,6 +21,7 @@ from bmm.outline import outline_of
 from bmm.pipeline import stages_of
 from bmm.recipe import Recipe
 from bmm.requests import Requests
+from bmm.row_counts import calibration_rows
 from bmm.sizes import readable_bytes
 from bmm.sources import Inputs
 from bmm.stages.request import Result, recorded
@@ -118,7 +119,7 @@ def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tup
     with Checkpoint.open(Path(inputs.base.path)) as base:
         outline = outline_of(base, kind_of(inputs.experts[0].task["kind"]).architecture)
     tokens = [outline.tokens(expert.task, Path(expert.model.path)) for expert in inputs.experts]
-    return estimate_stages(recipe, outline, tokens, done), outline.stored_bytes
+    return estimate_stages(recipe, outline, tokens, calibration_rows(recipe), done), outline.stored_bytes
 
 
 def require_fit(plan: Plan, recipe: Recipe) -> None:

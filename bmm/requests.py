@@ -97,6 +97,13 @@ class Requests:
         }
         return Request("experts", {"base": self.inputs.base.digest, "experts": experts}, {}, where)
 
+    def _cluster(self) -> dict[str, Any]:
+        """Return the cluster's settings, paths taken from the recipe's folder as everywhere."""
+        found = self.recipe.cluster.model_dump(mode="json")
+        if found["slurm"] is not None and found["slurm"]["logs"] is not None:
+            found["slurm"]["logs"] = str(self.recipe.resolve(found["slurm"]["logs"]))
+        return found
+
     def _grams(self, results: Results) -> Request:
         if not self._with_grams:
             return self._request("grams", results, {}, {"source": "none"})
@@ -106,7 +113,7 @@ class Requests:
         where: dict[str, Any] = {}
         if self.recipe.grams.source in ("activations", "hybrid"):
             given["experts"] = results["experts"].outputs["experts"]
-            where["cluster"] = self.recipe.cluster.model_dump(mode="json")
+            where["cluster"] = self._cluster()
         if self.inputs.grams:
             given["given"] = {name: grams.digest for name, grams in self.inputs.grams.items()}
             where["given"] = {name: grams.to_json() for name, grams in self.inputs.grams.items()}
@@ -170,5 +177,5 @@ class Requests:
         else:
             # No row is read.
             del given["experts"]
-        where = {"cluster": self.recipe.cluster.model_dump(mode="json")}
+        where = {"cluster": self._cluster()}
         return self._request("search", results, given, settings, where)

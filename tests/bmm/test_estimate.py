@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from bmm.outline import Outline, outline_of_config
 from bmm.pipeline import STAGES
 from bmm.plan import make_plan
 from bmm.recipe import Recipe
+from bmm.row_counts import calibration_rows
 from bmm.sources import fingerprint_inputs
 from bmm.store import Store
 
@@ -38,8 +39,12 @@ MODEL = 4 * (100 * 8 + 4 * 8 * 8 + 2 * 8 * 32 + 8)
 def stages(pico: Path, **changes: Any) -> dict[str, StagePlan]:
     recipe = Recipe.from_mapping({**Recipe.from_yaml(pico / "recipe.yaml").document(), **changes}, folder=pico)
     outline = Outline(SHAPES, MODEL, {})
-    found = estimate_stages(recipe, outline, [10] * len(recipe.experts), ("experts",))
+    found = estimated(recipe, outline, 10, ("experts",))
     return {stage.stage: stage for stage in found}
+
+
+def estimated(recipe: Recipe, outline: Outline, tokens: int, done: Sequence[str] = ()) -> tuple[StagePlan, ...]:
+    return estimate_stages(recipe, outline, [tokens] * len(recipe.experts), calibration_rows(recipe), done)
 
 
 def calibrated(pico: Path, rows: int) -> list[dict[str, Any]]:
@@ -126,7 +131,7 @@ def test_of_a_sample_of_tokens_fewer_answers_are_kept(pico: Path) -> None:
 
 def test_a_worker_over_its_limit_is_said_so(pico: Path) -> None:
     recipe = Recipe.from_yaml(pico / "recipe.yaml")
-    made = estimate_stages(recipe, Outline(SHAPES, MODEL, {}), [10] * 3)
+    made = estimated(recipe, Outline(SHAPES, MODEL, {}), 10)
     assert worker_shortage(made, recipe) is None
     tight = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"memory_limit": "100MiB"})})
     found = worker_shortage(made, tight)
@@ -183,9 +188,7 @@ def test_eight_billion_parameters_are_streamed_through_small_workers_whatever_th
         },
         folder=pico,
     )
-    deep, flat = (
-        {stage.stage: stage for stage in estimate_stages(recipe, _llama(layers), [1024] * 3)} for layers in (32, 4)
-    )
+    deep, flat = ({stage.stage: stage for stage in estimated(recipe, _llama(layers), 1024)} for layers in (32, 4))
     assert _llama(32).weights > 8e9
     assert "layer by layer" in deep["grams"].note
     assert worker_shortage(list(deep.values()), recipe) is None
@@ -193,16 +196,14 @@ def test_eight_billion_parameters_are_streamed_through_small_workers_whatever_th
     # The largest map, the output head, decides what the solve takes.
     assert deep["search"].memory_bytes == flat["search"].memory_bytes
     roomy = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"memory_limit": "900GB"})})
-    whole = {stage.stage: stage for stage in estimate_stages(roomy, _llama(32), [1024] * 3)}
+    whole = {stage.stage: stage for stage in estimated(roomy, _llama(32), 1024)}
     assert "layer by layer" not in whole["grams"].note
     assert whole["grams"].worker_bytes > 24e9
 
 
 def test_an_anchor_is_merged_a_tensor_at_a_time_however_many_layers_there_are(pico: Path) -> None:
     recipe = Recipe.from_yaml(pico / "recipe.yaml")
-    deep, flat = (
-        {stage.stage: stage for stage in estimate_stages(recipe, _llama(layers), [10] * 3)} for layers in (32, 4)
-    )
+    deep, flat = ({stage.stage: stage for stage in estimated(recipe, _llama(layers), 10)} for layers in (32, 4))
     assert deep["anchor"].memory_bytes == flat["anchor"].memory_bytes < 40e9
     assert deep["experts"].memory_bytes == flat["experts"].memory_bytes < 1e9
     alone = stages(pico, regression={"mode": "none"}, anchor={"method": "tsv"}, search="none")
@@ -214,3 +215,57 @@ def test_matrices_that_nothing_reads_are_not_planned(pico: Path) -> None:
     assert (found.disk_bytes, found.worker_bytes) == (0, 0)
     assert found.note == "nothing in this merge reads them"
     assert stages(pico, regression={"mode": "propagated"})["grams"].disk_bytes > 0
+
+
+def test_grams_from_task_vectors_are_made_one_input_at_a_time(pico: Path) -> None:
+    recipe = Recipe.from_mapping(
+        {
+            **Recipe.from_yaml(pico / "recipe.yaml").document(),
+            "grams": {"source": "task-vectors"},
+            "regression": {"mode": "module-wise", "lambda": 0.1},
+            "search": "none",
+        },
+        folder=pico,
+    )
+    deep, flat = ({stage.stage: stage for stage in estimated(recipe, _llama(layers), 10)} for layers in (32, 4))
+    assert deep["grams"].memory_bytes == flat["grams"].memory_bytes < 16e9
+    assert deep["grams"].disk_bytes > 100e9
+
+
+def test_a_single_worker_elsewhere_has_its_limit_too(pico: Path) -> None:
+    rows = calibrated(pico, 2 * 10**5)
+    for cluster in ({"slurm": {}}, {"scheduler": "tcp://127.0.0.1:1"}):
+        found = stages(pico, experts=rows, cluster={"workers": 1, "memory_limit": "99GiB", **cluster})["search"]
+        assert found.worker_bytes > found.memory_bytes
+    assert "each worker needs" in found.note
+    here = stages(pico, experts=rows, cluster={"workers": 1, "memory_limit": "99GiB"})["search"]
+    assert here.worker_bytes == 0
+
+
+def test_a_batch_inside_of_a_layer_is_counted(pico: Path) -> None:
+    small, large = (
+        stages(pico, evaluation={"batch_size": size}, cluster={"memory_limit": "99GiB"})["grams"].worker_bytes
+        for size in (10, 10**6)
+    )
+    # A gate, what it opens and their product, 32 wide, of rows of ten tokens.
+    assert large - small == 3 * 4 * 32 * 10 * (10**6 - 10)
+
+
+def test_what_is_too_large_is_told_with_what_makes_it_smaller(pico: Path) -> None:
+    found = {}
+    for mode in ("propagated", "module-wise"):
+        recipe = Recipe.from_mapping(
+            {
+                **Recipe.from_yaml(pico / "recipe.yaml").document(),
+                "experts": calibrated(pico, 10**6),
+                "regression": {"mode": mode},
+                "evaluation": {"batch_size": 10**6},
+                "cluster": {"memory_limit": "1GiB"},
+            },
+            folder=pico,
+        )
+        shortage = worker_shortage(estimated(recipe, Outline(SHAPES, MODEL, {}), 10), recipe)
+        assert shortage is not None
+        found[mode] = str(shortage[1])
+    assert "raise it, or take fewer calibration rows" in found["propagated"]
+    assert "raise it, or lower evaluation.batch_size" in found["module-wise"]

@@ -133,3 +133,18 @@ def test_an_image_has_as_many_tokens_as_its_processor_makes(tmp_path: Path, proc
     outline = Outline({}, 0, {"image_size": 518, "patch_size": 14})
     assert outline.tokens(task, tmp_path) == tokens
     assert outline.tokens({"max_length": 32}, tmp_path) == 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "hidden"),
+    [
+        # Each has a map that reads less: patches of 14 by 14 pixels, compressed keys and values.
+        ("image-classification", {"model_type": "dinov2", "hidden_size": 1536, "use_swiglu_ffn": True}, 1536),
+        ("image-classification", {"model_type": "vit", "hidden_size": 1280, "intermediate_size": 5120}, 1280),
+        ("causal-lm", {"model_type": "deepseek_v3"}, 7168),
+    ],
+)
+def test_the_hidden_state_is_what_most_maps_read(kind: str, config: dict[str, Any], hidden: int) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 16, "patch_size": 14}
+    outline = outline_of_config({**sizes, **config}, kind_of(kind).architecture, "config.json")
+    assert outline.hidden == hidden

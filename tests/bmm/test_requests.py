@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +166,10 @@ def test_the_experts_places_count_where_a_method_draws_by_them() -> None:
 def test_there_is_no_other_stage() -> None:
     with pytest.raises(ValueError, match="no stage 'bake'"):
         Requests(Recipe.from_mapping(VALUES), inputs()).build("bake", {})
+
+
+def test_the_folder_of_slurm_s_logs_lies_beside_the_recipe(tmp_path: Path) -> None:
+    recipe = Recipe.from_mapping({**VALUES, "cluster": {"slurm": {"logs": "logs"}}}, folder=tmp_path)
+    results = {"experts": Result("experts", "key", "ran", 0.0, {"experts": {}, "layout": "layout"})}
+    asked = Requests(recipe, inputs()).build("grams", results)
+    assert asked.where["cluster"]["slurm"]["logs"] == str(tmp_path / "logs")
