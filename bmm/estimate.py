@@ -222,9 +222,6 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequenc
     weights = 2 * (outline.outside + outline.largest_layer)
     tasks = max(high - low for low, high in pairwise(bounds))
     moments = tasks * _moments(outline) + _moments(outline) // 2
-    if count > 1 or not recipe.cluster.local:
-        # On their way to the merge's process, a worker has them twice more.
-        moments += 2 * tasks * _moments(outline)
     inside = _inside(recipe, outline, tokens)
     return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + inside + MOST_BYTES + moments, moments
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bmm.errors import BMMError
@@ -16,6 +19,8 @@ from bmm.grams.products import ProductSum
 from bmm.modules.linear import LinearMap
 from bmm.regression.posterior import Posterior, Spectrum, decompose, factor
 from bmm.regression.sample import error_from_moments
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,20 @@ class Moments:
         named = {"gram": self.gram}
         named |= {f"cross:{module}": value for module, value in self.cross.items()}
         return named | {f"power:{module}": value for module, value in self.power.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel from a worker as numpy's arrays, which are sent from where they lie; torch's would be copied twice."""
+        cross, power = ({name: value.numpy() for name, value in part.items()} for part in (self.cross, self.power))
+        return _arrived, (self.gram.numpy(), cross, power, self.rows)
+
+
+def _arrived(gram: Array, cross: Mapping[str, Array], power: Mapping[str, Array], rows: tuple[int, ...]) -> Moments:
+    crosses, powers = ({name: _writeable(value) for name, value in part.items()} for part in (cross, power))
+    return Moments(_writeable(gram), crosses, powers, rows)
+
+
+def _writeable(array: Array) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def total(parts: list[Moments], weights: Sequence[float] | None = None) -> Moments:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,6 +67,20 @@ def test_a_sum_uses_up_its_parts_and_weighs_them() -> None:
     assert found.rows == (9, 9)
     with pytest.raises(BMMError, match="1 sums of moments were given with 2 weights"):
         total([found], [1.0, 2.0])
+
+
+def test_sums_travel_without_copies_and_can_be_added_to() -> None:
+    found = sums([data(0, 12)]).moments()
+    buffers: list[pickle.PickleBuffer] = []
+    frame = pickle.dumps([(found,)], protocol=5, buffer_callback=buffers.append)
+    # Next to nothing beside the arrays themselves, which are where they were.
+    assert len(frame) < 1000
+    assert sum(buffer.raw().nbytes for buffer in buffers) == found.nbytes
+    for sent in ([bytearray(buffer.raw()) for buffer in buffers], [bytes(buffer.raw()) for buffer in buffers]):
+        ((arrived,),) = pickle.loads(frame, buffers=sent)  # noqa: S301 - made two lines above
+        assert arrived.rows == found.rows
+        assert all(torch.equal(arrived.tensors()[name], value) for name, value in found.tensors().items())
+        arrived.gram.add_(1.0)
 
 
 def test_outputs_may_be_solved_some_at_a_time() -> None:
