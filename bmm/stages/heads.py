@@ -101,8 +101,10 @@ def _fitted(
         return weights.expert(index, name)
 
     prepared = model.prepare(read_split(artefact, "calibration").rows)
-    model.expect_encoder(weights.names(), own)
-    resident = Resident(model.encoder, weights.names())
+    # Older checkpoints hold buffers, position ids say, that the model computes itself.
+    names = set(weights.names()).intersection(model.encoder_names())
+    model.expect_encoder(names, own)
+    resident = Resident(model.encoder, names)
     if whole or not resident.divide(layers_of(units_of(setup.regressed))):
         resident.divide(())
     resident.surround(own)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from bmm.errors import RecipeError
@@ -79,6 +79,21 @@ def test_a_layer_at_a_time_gives_the_same_bytes(merged: Path, edit_recipe: Edit,
         found = store.read(results["search"].reference("search")).path / "heads"
         heads.append({file.name: file.read_bytes() for file in found.iterdir()})
     assert sorted(heads[0]) == [f"task{index}.safetensors" for index in range(3)]
+    assert heads[0] == heads[1]
+
+
+def test_position_ids_that_older_checkpoints_hold_change_no_head(
+    merged: Path, edit_recipe: Edit, in_process: None
+) -> None:
+    heads = []
+    for output in ("without", "with"):
+        edit_recipe(merged, regression=FITTED, search="none", output=f"./{output}")
+        _, folder = run(merged)
+        heads.append([(folder / "heads" / f"task{index}.safetensors").read_bytes() for index in range(3)])
+        for model, prefix in (("base", ""), *((f"experts/task{index}", "bert.") for index in range(3))):
+            file = merged / model / "model.safetensors"
+            ids = {f"{prefix}embeddings.position_ids": torch.arange(32)[None]}
+            save_file(load_file(file) | ids, file, metadata={"format": "pt"})
     assert heads[0] == heads[1]
 
 
