@@ -27,6 +27,8 @@ _STRENGTHS = {
     "search": "the strength of the prior was searched on validation rows",
     "evidence": "the strength of the prior is the most probable given the experts' weights and Gram matrices, without "
     "validation rows",
+    "held-out": "the strength of the prior is the one that errs least on calibration rows held out of the solve, "
+    "without validation rows",
     "fixed": "the strength of the prior is as the recipe has it, without a search",
 }
 _SOURCES = {

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from bmm.errors import RecipeError
+from bmm.pipeline import merge
+from bmm.recipe import Recipe
 from bmm.regression.evidence import Evidence, most_probable
 from bmm.regression.posterior import decompose, factor, residual_and_energy
+from bmm.regression.settings import Rule
+from bmm.report import findings
 from bmm.stages.strength import check_groups, described, settings_without_search
 
 GROUPS = {"a.query": "qkv", "a.key": "qkv", "a.dense": "attention-out"}
@@ -61,3 +68,14 @@ def test_rows_held_out_choose_for_each_map_and_a_group_takes_the_geometric_mean(
     assert {module: setting.lam for module, setting in found.items()} == pytest.approx(held_out)
     together = settings_without_search("held-out", dict.fromkeys(GROUPS, "all"), evidence, held_out, ENDS)
     assert together["all"].lam == pytest.approx(10 ** ((len(GROUPS) - 1) / 2))
+
+
+@pytest.mark.parametrize("rule", [*get_args(Rule), 0.1])
+def test_every_rule_comes_out_as_a_model_whose_report_names_it(
+    merged: Path, edit_recipe: Callable[..., Path], in_process: None, rule: Any
+) -> None:
+    search = {"trials": 3, "per": "model"} if rule == "search" else None
+    recipe = Recipe.from_yaml(edit_recipe(merged, regression={"lambda": rule}, search=search))
+    document = json.loads((merge(recipe, store=merged / "store").output / "merge.json").read_text(encoding="utf-8"))
+    assert findings.strength_rule(document) == described(rule)
+    assert "the strength of the prior" in findings.method(document)
