@@ -46,6 +46,7 @@ class Panel:
         layout: which tensors are shared and which travel with a head.
         batch_size: rows in one forward pass.
         heads: by expert, tensors that stand in for those of its own head. What an encoder is known by must say so.
+        orders: by expert, the ids of its classes in such a head, where that has them in another order; likewise.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Panel:
         layout: Layout,
         batch_size: int,
         heads: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
+        orders: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         self._heads = heads
+        self._orders = orders
         self._work = work
         self._experts = {expert.name: expert for expert in experts}
         self._artefacts = artefacts
@@ -68,9 +71,19 @@ class Panel:
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._pieces: dict[tuple[str, str], list[tuple[list[int], Prepared | None]]] = {}
 
-    def with_heads(self, heads: Mapping[str, Mapping[str, torch.Tensor]]) -> Panel:
-        """Return the same panel with, by expert, tensors that stand in for those of its own head."""
-        return Panel(self._work, tuple(self._experts.values()), self._artefacts, self._layout, self._batch_size, heads)
+    def with_heads(
+        self,
+        heads: Mapping[str, Mapping[str, torch.Tensor]],
+        orders: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> Panel:
+        """Return the same panel with, by expert, tensors that stand in for those of its own head.
+
+        Args:
+            heads: by expert, the tensors.
+            orders: by expert, for each of its classes its id in a head that has them in another order.
+        """
+        experts = tuple(self._experts.values())
+        return Panel(self._work, experts, self._artefacts, self._layout, self._batch_size, heads, orders)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -88,10 +101,13 @@ class Panel:
     def measured(self, task: str, split: str, answers: torch.Tensor, rows: Sequence[int] | None = None) -> Measured:
         """Return what a model's answers on a split, or on some of its rows, are worth, by the task's metric."""
         said = self._experts[task].task
-        names = self._artefacts[task].read_json("expert.json")["labels"]
-        metric = kind_of(said["kind"]).metric(said["metric"], names)
+        metric = kind_of(said["kind"]).metric(said["metric"], self.class_names(task))
         labels = self.labels(task, split)
         return Measured(metric, metric.statistics(answers, labels if rows is None else [labels[row] for row in rows]))
+
+    def class_names(self, task: str) -> list[str]:
+        """Return the names of a task's classes in the expert's order, none where it has no classes."""
+        return list(self._artefacts[task].read_json("expert.json")["labels"])
 
     def classes(self, task: str, split: str) -> list[int] | None:
         """Return the class id of every row of a split, None where a task's answers are not scores of classes."""
@@ -196,6 +212,8 @@ class Panel:
                 model = build_model(checkpoint, expert, self._batch_size, self._layout)
                 own = head_tensors(checkpoint, self._layout, expert.name, self._artefacts[task])
                 model.load_head({**own, **self._heads.get(task, {})})
+            if task in self._orders:
+                model.answer_in_order(self._orders[task])
             if self._models:
                 model.share_encoder(next(iter(self._models.values())))
             self._models[task] = model

@@ -126,7 +126,7 @@ def _unfold(values: Sequence[object], feature: Sequence[str], labels: Sequence[s
     named = feature if in_order else [feature[value] for value in ids if value is not None]
     matched = all(find(name) is not None for name in named)
     same_order = in_order and len(feature) == len(labels)
-    if not matched and (same_order or _generic(labels) or _generic(feature)):
+    if not matched and (same_order or only_numbered(labels) or only_numbered(feature)):
         return list(ids)
     return [None if value is None else feature[value] for value in ids]
 
@@ -138,7 +138,7 @@ def _finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     for index, label in enumerate(labels):
         folded.setdefault(label.strip().casefold(), []).append(index)
     by_number = {}
-    if _generic(labels):
+    if only_numbered(labels):
         by_number = {int(label.casefold().removeprefix("label_")): index for index, label in enumerate(labels)}
 
     def find(name: str) -> int | None:
@@ -153,7 +153,8 @@ def _finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     return find
 
 
-def _generic(names: Sequence[str]) -> bool:
+def only_numbered(names: Sequence[str]) -> bool:
+    """Say whether class names are but their numbers (`LABEL_0`, `0`)."""
     return bool(names) and all(_GENERIC.fullmatch(name) for name in names)
 
 

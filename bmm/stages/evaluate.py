@@ -23,7 +23,7 @@ from bmm.prediction import Panel, StoredWeights
 from bmm.recipe import EvaluationSettings, Recipe
 from bmm.sources import Inputs, Model
 from bmm.stages.anchor import anchor_artefact, checkpoint_reader, chosen_scale
-from bmm.stages.heads import digest_of_heads, heads_in
+from bmm.stages.heads import digest_of_heads, heads_in, orders_in
 from bmm.stages.panel import expert_predictions, panel_of
 from bmm.stages.request import Request, Result, Work
 from bmm.stages.setup import Setup, setup_of
@@ -155,7 +155,7 @@ def evaluate_checkpoint(
     A merge's output answers with the heads in it, any other checkpoint with the experts'.
 
     Raises:
-        CheckpointError: the checkpoint lacks a shared tensor, or has one of another shape.
+        CheckpointError: the checkpoint lacks a shared tensor, or has one of another shape, or a head of other classes.
         RecipeError: the recipe names no rows of this split.
     """
     settings = recipe.evaluation
@@ -174,7 +174,9 @@ def evaluate_checkpoint(
     if (heads := digest_of_heads(Path(model.path))) is not None:
         # A merge's output, whose heads may have been fitted to it.
         known = {task: head for task, head in heads_in(Path(model.path)).items() if task in panel.tasks}
-        contender = Contender("model", digest_json([model.digest, heads]), state, panel.with_heads(known))
+        orders = orders_in(Path(model.path), {task: panel.class_names(task) for task in known}, model.source)
+        identity = [model.digest, heads, orders] if orders else [model.digest, heads]
+        contender = Contender("model", digest_json(identity), state, panel.with_heads(known, orders))
     answers = _answers(setup, panel, [contender], split)
     bootstrap = Bootstrap(
         answers, samples=settings.bootstrap_samples, seed=settings.bootstrap_seed, confidence=settings.confidence

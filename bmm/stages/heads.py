@@ -7,17 +7,21 @@ time, read anew for each batch; the bytes are the same.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bmm.cluster.settings import ClusterSettings
 from bmm.digest import digest_files
+from bmm.errors import CheckpointError
 from bmm.evaluation.head import last_layer, layers_outside, rows_at
+from bmm.evaluation.labels import only_numbered
 from bmm.evaluation.model import TaskModel
 from bmm.grams.memory import whole_bytes
 from bmm.modules.residence import Give, Resident
@@ -74,6 +78,42 @@ def digest_of_heads(folder: Path) -> str | None:
     """Return one digest of the heads in a folder, None if there are none."""
     files = sorted((folder / FOLDER).glob("*.safetensors"))
     return digest_files((file.name, file) for file in files) if files else None
+
+
+def orders_in(folder: Path, wanted: Mapping[str, Sequence[str]], source: str) -> dict[str, list[int]]:
+    """Return the ids that an expert's classes have in a published head, for heads that have them in another order.
+
+    Args:
+        folder: a merge's output.
+        wanted: by expert, the names of its classes in order; none where it has no classes.
+        source: what the folder is called in messages.
+
+    Raises:
+        CheckpointError: a head is of other classes.
+    """
+    orders = {}
+    for expert, names in wanted.items():
+        known = _classes(folder / FOLDER / f"{expert}.safetensors")
+        if not (names and known) or list(names) == known:
+            continue
+        same = len(names) == len(known)
+        if same and sorted(names) == sorted(known) and len(set(names)) == len(names):
+            orders[expert] = [known.index(name) for name in names]
+        elif not same or not (only_numbered(names) or only_numbered(known)):
+            raise CheckpointError(
+                f"the head '{expert}' in {source} is of the classes {', '.join(known)}, but the recipe's expert of "
+                f"{', '.join(names)}; measure it with the recipe that it was merged by, or merge again"
+            )
+    return orders
+
+
+def _classes(file: Path) -> list[str]:
+    """Return the class names that a published head says, none where it says nothing."""
+    if not file.is_file():
+        return []
+    with safe_open(file, framework="pt") as handle:
+        named = json.loads((handle.metadata() or {}).get("config", "{}")).get("id2label") or {}
+    return [named[index] for index in sorted(named, key=int)]
 
 
 def _model(setup: Setup, expert: Expert, artefact: Artefact, batch_size: int) -> TaskModel:

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from bmm.errors import RecipeError
+from bmm.errors import CheckpointError, RecipeError
 from bmm.pipeline import STAGES, merge, perform_here, run_stages
 from bmm.recipe import Recipe
 from bmm.regression.head import fitted_head
@@ -80,6 +80,39 @@ def test_a_layer_at_a_time_gives_the_same_bytes(merged: Path, edit_recipe: Edit,
         heads.append({file.name: file.read_bytes() for file in found.iterdir()})
     assert sorted(heads[0]) == [f"task{index}.safetensors" for index in range(3)]
     assert heads[0] == heads[1]
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Measure a folder's output by its recipe, as `bmm eval` does."""
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    inputs = fingerprint_inputs(recipe, check_output_folder=False)
+    work = Work(Store.open(folder / "store"))
+    results = run_stages(recipe, inputs, work.store, perform_here, ("experts",))
+    output = fingerprint_model(str(folder / "merged"), folder, "the model")
+    found: dict[str, Any] = evaluate_checkpoint(work, recipe, inputs, results, output, "test")["tasks"]
+    return found
+
+
+def retrained(expert: Path, names: list[str], rows: list[int]) -> None:
+    """Give an expert's classifier other rows, a class each, and these names."""
+    file = expert / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {name: tensors[name][rows].contiguous() for name in ("classifier.weight", "classifier.bias")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((expert / "config.json").read_text(encoding="utf-8"))
+    config |= {"id2label": {str(index): name for index, name in enumerate(names)}}
+    config |= {"label2id": {name: index for index, name in enumerate(names)}}
+    (expert / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_a_head_is_measured_by_the_names_of_its_classes_and_not_by_their_order(merged: Path) -> None:
+    before = measured(merged)["task0"]
+    expert = merged / "experts" / "task0"
+    retrained(expert, ["no", "yes"], [1, 0])
+    assert measured(merged)["task0"] == before
+    retrained(expert, ["no", "yes", "perhaps"], [0, 1, 1])
+    with pytest.raises(CheckpointError, match=r"'task0' in .* is of the classes yes, no, but .* no, yes, perhaps"):
+        measured(merged)
 
 
 def test_position_ids_that_older_checkpoints_hold_change_no_head(
