@@ -201,8 +201,9 @@ def _sampled(
     from bmm.plan import cached_results
     from bmm.requests import Requests
     from bmm.stages.request import Work, recorded
-    from bmm.stages.sample import evaluate_samples, require_output
+    from bmm.stages.sample import evaluate_samples, require_output, require_regression
 
+    require_regression(recipe.regression.mode)
     work, requests = Work(store), Requests(recipe, inputs)
     results = cached_results(recipe, inputs, store)
     # The model does not depend on what it was compared with, so that may have changed since.

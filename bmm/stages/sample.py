@@ -54,6 +54,19 @@ Answers = Mapping[str, Array]
 """Task -> log-probabilities `(rows, classes)`."""
 
 
+def require_regression(mode: str) -> None:
+    """Refuse a merge without regression, which has no posterior.
+
+    Raises:
+        UserError: there is nothing to draw from.
+    """
+    if mode == "none":
+        raise UserError(
+            "--samples draws from the posterior of a regression, and with 'regression.mode: none' there is none; "
+            "leave --samples out, or merge with another mode"
+        )
+
+
 def require_output(work: Work, model: Model, published: Result | None) -> None:
     """Refuse a model that is not, byte for byte, what the recipe's merge has put out.
 

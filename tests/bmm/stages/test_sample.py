@@ -22,7 +22,7 @@ from bmm.sampling import Sampler
 from bmm.search.setting import Setting
 from bmm.sources import fingerprint_inputs, fingerprint_model
 from bmm.stages.request import Request, Result, Work
-from bmm.stages.sample import Draws, evaluate_samples, require_output
+from bmm.stages.sample import Draws, evaluate_samples, require_output, require_regression
 from bmm.store import Reference, Store
 
 
@@ -181,3 +181,9 @@ def test_only_the_merges_own_output_has_a_posterior(merged: Path) -> None:
     other = fingerprint_model(str(merged / "base"), merged, "MODEL")
     with pytest.raises(UserError, match="not its output"):
         require_output(finished.work, other, finished.results["publish"])
+
+
+def test_without_regression_there_is_no_posterior_to_draw_from() -> None:
+    require_regression("propagated")
+    with pytest.raises(UserError, match=r"'regression\.mode: none' there is none"):
+        require_regression("none")
