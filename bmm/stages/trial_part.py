@@ -6,6 +6,7 @@ proposes and logs is the search stage (`bmm.stages.search`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from bmm.stages.objective import Objective
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import setup_of
 from bmm.store import Store
+from bmm.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,30 @@ class TrialRequest:
     rival: dict[str, list[float]] | None
 
 
+_lock = threading.Lock()
 _kept: dict[str, tuple[Objective, Assembler, ExitStack]] = {}
+"""What is kept of a search: one model, so that a worker of several threads measures one setting at a time."""
+_unwanted: set[str] = set()
+"""Searches that ended while a setting was measured here."""
 
 
 def trial_outcome(values: dict[str, Any]) -> dict[str, Any]:
     """Measure one setting; a `TrialRequest` as plain values in, an `Outcome` as plain values out."""
     asked = TrialRequest(**values)
+    with _lock, one_thread():
+        try:
+            return _measured(asked)
+        finally:
+            for search in tuple(_unwanted):
+                _unwanted.discard(search)
+                _drop(search)
+
+
+def _measured(asked: TrialRequest) -> dict[str, Any]:
     if asked.search not in _kept:
         # Of one search at a time: the factors of every map are large.
         for other in tuple(_kept):
-            forget(other)
+            _drop(other)
         _kept[asked.search] = _prepared(Work(Store.open(asked.store)), Request.from_json(asked.request))
     objective, assembler, _ = _kept[asked.search]
     chosen = {group: Setting.from_json(value) for group, value in asked.settings.items()}
@@ -64,7 +80,18 @@ def trial_outcome(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget(search: str) -> None:
-    """Drop what this process keeps of a search."""
+    """Drop what this process keeps of a search, at once or when the setting is measured that is under way."""
+    # A worker does this where it also answers its scheduler, so that it must not wait.
+    if not _lock.acquire(blocking=False):
+        _unwanted.add(search)
+        return
+    try:
+        _drop(search)
+    finally:
+        _lock.release()
+
+
+def _drop(search: str) -> None:
     kept = _kept.pop(search, None)
     if kept is not None:
         kept[2].close()
