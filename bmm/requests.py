@@ -11,7 +11,7 @@ from typing import Any
 
 from bmm.grams.settings import sample_in
 from bmm.recipe import Recipe
-from bmm.search.plan import PROPOSALS
+from bmm.search.plan import PROPOSALS, RACES
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
 
@@ -168,6 +168,8 @@ class Requests:
             settings["rho"] = getattr(self.recipe.grams, "rho", None)
         if search.trials and search.searcher in ("bayesian", "saas"):
             settings["proposals"] = PROPOSALS
+        if search.trials and search.racing and (search.floors or search.also):
+            settings["races"] = RACES
         if not search.trials:
             # The settings of the search do not count where there is none, but for what the evidence asks of them.
             kept = {"per", "trials"} | ({"log10_lambda"} if regression.strength == "evidence" else set())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bmm.search.settings import ALL_TASKS, Searcher, SearchSettings
-from bmm.search.trial import Trial
+from bmm.search.trial import Trial, best_of
 
 PROPOSALS = 2
 """Version of Bayesian proposals (`bmm.search.propose`): with another one their studies begin anew."""
+RACES = 2
+"""Version of races (`Plan.rival_of`) where tasks have floors: with another one such studies begin anew."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,18 @@ class Plan:
             return 0.0
         shares = self.shares(trial)
         return sum(max(0.0, floor - shares[task]) for task, floor in self.floors.items())
+
+
+    def rival_of(self, history: Sequence[Trial]) -> Trial | None:
+        """Return the trial that the next one must beat, or None where it is measured to its end.
+
+        A race asks for the objective alone. So with floors only a trial that keeps them may stop another, and nothing
+        is stopped that may be wanted for its worst task.
+        """
+        if not self.racing or self.worst_task:
+            return None
+        complete = [trial for trial in history if trial.state == "complete"]
+        return best_of([trial for trial in complete if not self.shortfall(trial)])
 
 
 def floors_by_task(floors: Mapping[str, float], tasks: tuple[str, ...]) -> dict[str, float]:

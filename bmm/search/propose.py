@@ -70,7 +70,8 @@ def propose(space: Space, history: Sequence[Trial], proposed: Proposed, plan: Pl
     drawn = sum(origin == "sobol" for origin, _ in proposed.values())
     if plan.searcher in ("random", "sobol", "cma-es"):
         return _rival(space, history, proposed, plan, index, drawn)
-    region = trust_region(history, [trial for trial in history if not plan.shortfall(trial)] if plan.floors else None)
+    kept = [trial for trial in history if trial.state == "complete" and not plan.shortfall(trial)]
+    region = trust_region(history, kept if plan.floors else None)
     known = {trial.index for trial in history}
     pending = [point for place, (_, point) in sorted(proposed.items()) if place not in known]
     if drawn >= local_sobol_points(space):

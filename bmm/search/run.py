@@ -187,9 +187,9 @@ class _Search:
         return self._proposals[index]
 
     def _rival(self, index: int) -> GainsByTask | None:
-        """Return the rows of the best trial, which this one must beat."""
-        best = best_of(self._history(index)) if self._plan.racing else None
-        return None if best is None else best.gains
+        """Return the rows of the trial that this one must beat."""
+        rival = self._plan.rival_of(self._history(index))
+        return None if rival is None else rival.gains
 
     def _bare(self, index: int) -> Trial:
         origin, point, settings = self._proposal(index)

@@ -9,6 +9,7 @@ import pytest
 from bmm.pipeline import STAGES
 from bmm.recipe import Recipe
 from bmm.requests import Requests
+from bmm.search.plan import RACES
 from bmm.sources import Expert, Inputs, Model
 from bmm.stages.request import Result
 
@@ -99,6 +100,17 @@ def test_without_a_sample_of_tokens_no_request_speaks_of_one() -> None:
     assert search.keys() == {"search", "regression", "minimum_coverage", "dtype", "batch_size", "proposals"}
     sample = {"tokens": 4, "tokens_seed": 3}
     assert settings(**sample) == ({**grams, **sample}, {**search, **sample})
+
+
+def test_only_searches_whose_races_have_changed_begin_anew() -> None:
+    def settings(**search: Any) -> dict[str, Any]:
+        done = Result("any", "", "ran", 0.0, dict.fromkeys(("layout", "experts", "anchor"), ""))
+        found = Requests(Recipe.from_mapping({**VALUES, "search": search}), inputs())
+        return dict(found.build("search", dict.fromkeys(STAGES, done)).settings)
+
+    assert "races" not in settings()
+    assert "races" not in settings(floors={"all": 0.9}, racing=False)
+    assert settings(floors={"all": 0.9})["races"] == settings(also="worst-task", searcher="random")["races"] == RACES
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bmm.errors import BMMError, ClusterError, DataError
@@ -183,6 +184,46 @@ def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None
     assert all(study.trials[index].objective is None for index in failed)
     assert best.state == "complete"
     assert len(a_study(tmp_path).trials) == 12
+
+
+TWO = {"news": 1.0, "mail": 1.0}
+
+
+def rivals(folder: Path, **more: Any) -> list[str | None]:
+    """For each trial, the place of the rival in the rows that it was given; the first three keep no floor of 0.7."""
+    given: list[str | None] = []
+
+    def evaluate(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
+        place = len(given)
+        given.append(None if rival is None else str(int(rival["news"][0])))
+        news = {0: 0.5, 1: 0.6, 2: 0.6, 3: 0.8}.get(place, 0.6)
+        tasks = {"news": news, "mail": 1.5 - news - 0.1 * (place == 3)}
+        return Outcome(sum(tasks.values()) / 2 + 0.01 * place * (place < 3), tasks, gains={"news": np.full(2, place)})
+
+    planned(evaluate, a_study(folder), 7, experts=TWO, **more)
+    return given
+
+
+def test_only_a_trial_that_keeps_the_floors_may_stop_another(tmp_path: Path) -> None:
+    assert rivals(tmp_path / "plain", racing=True) == [None, "0", "1", "2", "2", "2", "2"]
+    assert rivals(tmp_path / "floors", racing=True, floors={"news": 0.7}) == [None] * 4 + ["3"] * 3
+    assert rivals(tmp_path / "worst", racing=True, worst_task=True) == [None] * 7
+    assert rivals(tmp_path / "unraced") == [None] * 7
+
+
+def test_failed_trials_do_not_disturb_a_search_with_floors(tmp_path: Path) -> None:
+    calls = Counted()
+
+    def fragile(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
+        outcome = calls(settings)
+        if len(calls.asked) == 3:
+            raise FloatingPointError("overflow in a product")
+        return outcome
+
+    floors = {"attention": 0.5}
+    found = planned(fragile, a_study(tmp_path), 12, experts=dict.fromkeys(OPTIMUM, 1.0), floors=floors)
+    assert [trial.state for trial in found.trials].count("failed") == 1
+    assert len(found.trials) == 12
 
 
 def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
