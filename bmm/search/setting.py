@@ -19,7 +19,7 @@ class Setting:
         gamma: assembly scale `γ`.
         anchor_scale: what the anchor's distance from the base is multiplied by, as a prior.
         rho: share of the activations in hybrid Gram matrices; None leaves them as they are.
-        weights: how much each expert counts in the sum over tasks, by name; none leaves them as they are.
+        weights: how much each expert counts in the sum over tasks, in the order of names; none leaves them as they are.
 
     Raises:
         BMMError: `lam` is negative or NaN, or another value is not finite.
@@ -32,6 +32,8 @@ class Setting:
     weights: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        # As the log keeps them: equal settings are equal after they were read back.
+        object.__setattr__(self, "weights", tuple(sorted(self.weights)))
         if not self.lam >= 0 or not math.isfinite(self.gamma):
             raise BMMError(f"a setting needs λ >= 0 and a finite γ, not λ = {self.lam} and γ = {self.gamma}")
         if not all(

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import BMMError, OutputError
+from bmm.search.model import inside
 from bmm.search.setting import Setting
+from bmm.search.space import Space
 from bmm.search.study import Study
 from bmm.search.trial import Trial, best_of
 
@@ -221,3 +223,13 @@ def test_best_is_the_earliest_of_the_highest(tmp_path: Path) -> None:
         study.append(a_trial(index, objective))
     assert study.best == study.trials[2]
     assert best_of(study.trials[:2]) == study.trials[0]
+
+
+def test_settings_with_task_weights_are_read_back_as_the_space_makes_them(tmp_path: Path) -> None:
+    space = Space(("model",), (-4.0, 2.0), (0.9, 1.1), task_weights=(0.5, 2.0), tasks=("news", "älter", "mail"))
+    point = (0.5, 0.5, 0.1, 0.6, 0.9)
+    study = Study.open(tmp_path / "log", IDENTITY)
+    study.append(dataclasses.replace(a_trial(0), settings=space.decode(point), point=point))
+    read = Study.open(tmp_path / "log", IDENTITY).trials
+    assert read == study.trials
+    assert inside(space, read) == list(read)
