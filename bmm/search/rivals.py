@@ -66,7 +66,7 @@ def cma_es_point(space: Space, history: Sequence[Trial], proposed: Proposed, pla
     own = sorted(place for place, (origin, _) in proposed.items() if origin == "cma-es")
     # What was finished when the first was asked for, or each would start from elsewhere.
     first = max(1, (own[0] if own else index) - plan.lag)
-    design = [trial for trial in history if trial.index < first]
+    design = [trial for trial in history if trial.index < first and trial.objective is not None]
     start = (best_of(design) or history[0]).point
     with warnings.catch_warnings():
         # That it is experimental, and what it does at the first trial.

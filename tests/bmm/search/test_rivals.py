@@ -57,3 +57,14 @@ def test_cma_es_is_optunas_own(tmp_path: Path) -> None:
     # It learns: the last generation is nearer to the top than the first.
     values = [float(trial.objective or 0.0) for trial in found]
     assert sum(values[-8:]) > sum(values[1:9])
+
+
+def test_cma_es_does_without_a_walk_whose_own_trial_failed(tmp_path: Path) -> None:
+    def fragile(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
+        if settings["mlp"].lam == 0.1:
+            raise FloatingPointError("overflow in a product")
+        return measure(settings, rival)
+
+    plan = Plan(trials=5, seed=0, searcher="cma-es", reference=0.1)
+    found = search(SPACE, fragile, Study.open(tmp_path / "log", {}), plan).trials
+    assert [trial.state for trial in found] == ["complete", "failed", "complete", "complete", "complete"]
