@@ -9,7 +9,8 @@ one standard error (Hastie, Tibshirani and Friedman, The Elements of Statistical
 the same rows (`bmm.search.rows`). Elsewhere no setting is preferred: measured around TSV-M on four text tasks, the
 anchor stood within one standard error of the best and kept 94.8 % on the test rows, the best 96.7 %. Only trials
 that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
-validation rows; where tasks have floors, instead those that keep them, or else those that miss them by least.
+validation rows; where tasks have floors, those that keep them, or else those that miss them by least, and of these
+again only such as are no worse than the anchor, if it is one of them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def _electable(trials: Sequence[Trial], plan: Plan) -> list[Trial]:
         return elected
     # A task's floor comes before the mean: the anchor may be one that sacrifices it.
     least = min(plan.shortfall(trial) for trial in complete)
-    return [trial for trial in complete if plan.shortfall(trial) <= least]
+    nearest = [trial for trial in complete if plan.shortfall(trial) <= least]
+    return [trial for trial in nearest if trial in elected] if complete[0] in nearest else nearest
 
 
 def _error(one: Trial, other: Trial, plan: Plan) -> float | None:

@@ -141,6 +141,18 @@ def test_floors_come_before_the_mean_and_else_the_least_shortfall_does() -> None
     assert recommended(SPACE, trials, out_of_reach) == trials[-1]
 
 
+def test_an_anchor_that_keeps_the_floors_is_not_gone_below() -> None:
+    trials = [replace(trial, tasks={"a": 0.9, "b": 0.8}) for trial in study(4, 0.0, 10)]
+    # Lucky, where the trials around it say that it is not better than they.
+    trials[0] = replace(trials[0], objective=max(trial.objective or 0 for trial in trials) + 0.001)
+    kept = replace(plan(), experts={"a": 1.0, "b": 1.0}, floors={"a": 0.7})
+    assert recommended(SPACE, trials, kept) == trials[0]
+    missed = [replace(trials[0], tasks={"a": 0.6, "b": 0.8}), *trials[1:]]
+    chosen = recommended(SPACE, missed, kept)
+    assert chosen is not None
+    assert chosen.index
+
+
 def test_the_pareto_front_is_what_no_other_trial_beats() -> None:
     made = [
         replace(trial, objective=objective, tasks={"a": worst, "b": 1.0})
