@@ -24,6 +24,10 @@ class ClusterError(BMMError):
     """The Dask cluster could not be started or reached, or lost a piece of work for good."""
 
 
+class KilledWorkersError(ClusterError):
+    """A piece of work killed every Dask worker that tried it; the cluster itself is well."""
+
+
 class UserError(BMMError):
     """The user's mistake: one sentence, no traceback, exit code 2."""
 

@@ -58,7 +58,11 @@ class Cluster:
 
     def addresses(self) -> list[str]:
         """Return the addresses of the workers that there are now; raises `OSError` if the scheduler is away."""
-        return sorted(self.client.scheduler_info(n_workers=-1)["workers"])
+        try:
+            return sorted(self.client.scheduler_info(n_workers=-1)["workers"])
+        except KeyError:
+            # A client that is closing knows of nothing.
+            raise OSError(f"the Dask scheduler {self._where} has gone away") from None
 
     def count(self) -> int:
         """Return how many workers there are or are to come, waiting for the first one.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from bmm.away import Patience
 from bmm.cluster.connection import Cluster
 from bmm.cluster.settings import in_flight
-from bmm.errors import ArtefactDamagedError, ClusterError, StoreAwayError, UserError
+from bmm.errors import ArtefactDamagedError, KilledWorkersError, StoreAwayError, UserError
 from bmm.progress import Bar, tell
 
 _LOOK_SECONDS = 2.0
@@ -62,7 +62,8 @@ def run_all(
             not return, nothing more is asked, and what it raises ends the run.
 
     Raises:
-        ClusterError: a request killed every worker that tried it, or scheduler or workers did not come back.
+        KilledWorkersError: a request killed every worker that tried it.
+        ClusterError: scheduler or workers did not come back.
         StoreAwayError: the store did not come back.
         BMMError: whatever of ours `function` raised.
     """
@@ -243,7 +244,7 @@ class _Run(Generic[Answer]):
         if isinstance(error, KilledWorker):
             self._suspects.append(index)
             if self._alone:
-                self._fatal = ClusterError(
+                self._fatal = KilledWorkersError(
                     "a piece of work killed every worker that tried it (out of memory?); "
                     "raise cluster.memory_limit, or lower grams.shard_rows or the calibration rows"
                 )

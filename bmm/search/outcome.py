@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from bmm.errors import BMMError, UserError
+from bmm.errors import ArtefactDamagedError, BMMError, ClusterError, KilledWorkersError, StoreAwayError, UserError
 from bmm.search.rows import GainsByTask
 from bmm.search.setting import Setting
 from bmm.search.trial import State, Trial
+
+_OF_THE_MACHINE = (ClusterError, StoreAwayError, ArtefactDamagedError)
+"""No property of a setting: the next run tries it again."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,15 @@ def as_trial(future: Future[Outcome], bare: Trial) -> Trial:
     """Return a trial with what was found for it, or with why nothing was.
 
     Raises:
-        UserError: as the evaluation raised it.
+        UserError, ClusterError, StoreAwayError, ArtefactDamagedError: as the evaluation raised it, unless it is that
+            the trial killed every worker.
         BMMError: the anchor, trial 0, could not be evaluated.
     """
     try:
         outcome = future.result()
-    except UserError:
-        raise
     except (BMMError, FloatingPointError) as error:
+        if isinstance(error, UserError) or _is_of_the_machine(error):
+            raise
         if bare.index == 0:
             raise BMMError(f"the anchor could not be evaluated: {error}") from error
         return replace(bare, reason=f"{type(error).__name__}: {error}")
@@ -65,3 +69,7 @@ def as_trial(future: Future[Outcome], bare: Trial) -> Trial:
         seen=outcome.seen,
         gains=outcome.gains,
     )
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    return isinstance(error, _OF_THE_MACHINE) and not isinstance(error, KilledWorkersError)

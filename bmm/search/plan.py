@@ -91,7 +91,6 @@ class Plan:
         shares = self.shares(trial)
         return sum(max(0.0, floor - shares[task]) for task, floor in self.floors.items())
 
-
     def rival_of(self, history: Sequence[Trial]) -> Trial | None:
         """Return the trial that the next one must beat, or None where it is measured to its end.
 

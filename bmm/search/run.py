@@ -50,8 +50,8 @@ def search(
     """Run the study up to what the plan allows; return the trial to publish (`bmm.search.recommend`) and the others.
 
     Trials that the study already holds are not evaluated again, nor are settings equal to those of an earlier trial:
-    they take over its outcome. When `evaluate` raises a `BMMError` or a `FloatingPointError`, or finds a number that is
-    not finite, the trial is logged as failed.
+    they take over its outcome. When `evaluate` raises another `BMMError` or a `FloatingPointError`, or finds a number
+    that is not finite, the trial is logged as failed.
 
     Args:
         space: what is searched.
@@ -61,7 +61,8 @@ def search(
         clock: seconds, for the budget in minutes.
 
     Raises:
-        UserError: as `evaluate` raised it; it is not a property of one setting.
+        UserError, ClusterError, StoreAwayError, ArtefactDamagedError: as `evaluate` raised it; it is not a property of
+            one setting, but for a `KilledWorkersError`.
         BMMError: the anchor itself could not be evaluated (nothing is logged, so the next run tries again),
             or the study's trials are of another space or seed.
     """

@@ -111,3 +111,13 @@ def test_a_cluster_that_fails_to_close_hides_no_error_and_leaves_no_process(monk
     assert Stuck.asked == 1
     time.sleep(1.0)
     assert not [child for child in active_children() if child.name.startswith("Dask Worker process")]
+
+
+def test_a_client_that_was_closed_is_a_scheduler_that_is_away() -> None:
+    class Closed:
+        def scheduler_info(self, **_: Any) -> dict[str, Any]:
+            return {"type": "Scheduler"}
+
+    cluster: Any = connection.Cluster(Closed, "of jobs", 5.0)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="the Dask scheduler of jobs has gone away"):
+        cluster.addresses()

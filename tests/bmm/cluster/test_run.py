@@ -13,7 +13,7 @@ from distributed import Client
 from bmm.cluster.connection import Cluster, workers
 from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
-from bmm.errors import ClusterError, DataError, StoreAwayError
+from bmm.errors import DataError, KilledWorkersError, StoreAwayError
 from bmm.progress import SilentReporter, reporting
 
 
@@ -168,7 +168,7 @@ def test_a_worker_that_dies_has_its_work_done_elsewhere_and_a_deadly_request_is_
     with reporting(heard), workers(ClusterSettings(workers=1, memory_limit="1 GiB")) as cluster:
         assert run_all(cluster, die_once, requests, Counting()) == [{"number": number} for number in range(4)]
         assert (tmp_path / "died").exists()
-        with pytest.raises(ClusterError, match="killed every worker that tried it"):
+        with pytest.raises(KilledWorkersError, match="killed every worker that tried it"):
             run_all(cluster, die, requests[:1], Counting())
     assert any(line.startswith("Workers lost: ") for line in heard.told)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmm.errors import BMMError, ClusterError, DataError
+from bmm.errors import ArtefactDamagedError, BMMError, ClusterError, DataError, KilledWorkersError, StoreAwayError
 from bmm.progress import reporting
 from bmm.search.outcome import Evaluate, Outcome
 from bmm.search.plan import Plan
@@ -163,7 +163,7 @@ def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None
         outcome = calls(settings)
         match len(calls.asked):
             case 2:
-                raise ClusterError("a worker was lost")
+                raise KilledWorkersError("it killed every worker")
             case 3:
                 raise FloatingPointError("overflow in a product")
             case 9:
@@ -176,7 +176,7 @@ def test_failed_trials_are_logged_and_the_search_goes_on(tmp_path: Path) -> None
     best = planned(fragile, study, 12).best
     failed = {trial.index: trial.reason for trial in study.trials if trial.state == "failed"}
     assert failed == {
-        1: "ClusterError: a worker was lost",
+        1: "KilledWorkersError: it killed every worker",
         2: "FloatingPointError: overflow in a product",
         8: "the objective or a task's metric is not finite",
         9: "the objective or a task's metric is not finite",
@@ -226,10 +226,16 @@ def test_failed_trials_do_not_disturb_a_search_with_floors(tmp_path: Path) -> No
     assert len(found.trials) == 12
 
 
-def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
+def test_a_users_mistake_the_machines_and_a_bug_are_raised(tmp_path: Path) -> None:
     study = a_study(tmp_path)
     planned(measure, study, 2)
-    for error in (DataError("the split is empty"), KeyError("bug")):
+    for error in (
+        DataError("the split is empty"),
+        ClusterError("no worker left"),
+        StoreAwayError("the disk is not mounted"),
+        ArtefactDamagedError("a byte is another"),
+        KeyError("bug"),
+    ):
 
         def broken(settings: Mapping[str, Setting], rival: GainsByTask | None, error: Exception = error) -> Outcome:
             raise error
@@ -239,7 +245,7 @@ def test_a_users_mistake_and_a_bug_are_raised(tmp_path: Path) -> None:
     assert len(a_study(tmp_path).trials) == 2
 
 
-@pytest.mark.parametrize("outcome", [ClusterError("no worker left"), Outcome(math.nan, {})])
+@pytest.mark.parametrize("outcome", [KilledWorkersError("it killed every worker"), Outcome(math.nan, {})])
 def test_without_the_anchor_there_is_no_search(tmp_path: Path, outcome: Exception | Outcome) -> None:
     def broken(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         if isinstance(outcome, Exception):
