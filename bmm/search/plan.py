@@ -27,6 +27,7 @@ class Plan:
         evaluations: how many of the trials may run the model; None for no limit.
         minutes: after how many none begins; None for no limit.
         reference: the `λ` that a walk through the network went on with, if it was one for all maps.
+        preferred: whether the setting with that `λ` is published where it is about as good as the best.
         noise: the objective's variance over draws of the rows, of a model about as good as the experts, if known.
         experts: each task's metric of its expert.
         floors: share of its expert's metric that a task must keep.
@@ -41,6 +42,7 @@ class Plan:
     evaluations: int | None = None
     minutes: float | None = None
     reference: float | None = None
+    preferred: bool = True
     noise: float | None = None
     experts: Mapping[str, float] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
@@ -60,6 +62,8 @@ class Plan:
             evaluations=settings.evaluations,
             minutes=settings.minutes,
             reference=reference,
+            # Where each trial walks with its own, each is exact.
+            preferred=settings.walk == "once",
             noise=noise,
             experts=dict(experts),
             floors=floors_by_task(settings.floors, tuple(experts)),

@@ -94,7 +94,8 @@ def test_a_walks_own_setting_is_kept_unless_another_is_better_by_more_than_the_n
         chosen = recommended(SPACE, trials, plan(reference=0.1))
         assert chosen is not None
         assert (chosen == trials[1]) == kept
-        # To no other search is that setting anything special.
+        # To no other search is that setting anything special, nor to one whose trials all walk.
+        assert recommended(SPACE, trials, replace(plan(reference=0.1), preferred=False)) != trials[1]
         assert recommended(SPACE, trials, plan()) != trials[1]
 
 
