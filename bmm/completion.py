@@ -168,6 +168,11 @@ def _check_search(said: Choices, experts: Collection[str]) -> None:
         )
     if search.trials and search.walk == "every-trial" and said.regression.mode != "propagated":
         raise ValueError("'search.walk': only propagated regression walks; set regression.mode to propagated")
+    if search.trials and search.walk == "every-trial" and said.regression.rounds > 1:
+        raise ValueError(
+            "'regression.rounds': with search.walk: every-trial the last round alone would have a trial's strengths; "
+            "set it to 1, or search.walk to once"
+        )
     for task in search.floors:
         if task not in (*experts, ALL_TASKS):
             raise ValueError(

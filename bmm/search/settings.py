@@ -159,13 +159,33 @@ class SearchSettings(BaseModel):
     def _sorted(cls, value: list[Hyperparameter]) -> list[Hyperparameter]:
         return [key for key in HYPERPARAMETERS if key in value]
 
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        for group, own in value.items() if isinstance(value, dict) else ():
+            if own is None or (isinstance(own, dict) and all(said is None for said in own.values())):
+                raise ValueError(f"'search.groups.{group}' says nothing; give it a range or a number, or remove it")
+        return value
+
     @model_validator(mode="after")
     def _groups_within(self) -> SearchSettings:
         for group, own in self.groups.items():
             for key, value in own.ranges().items():
                 if wrong := out_of_bounds(key, value):
                     raise ValueError(f"'search.groups.{group}.{key}': {wrong}")
+            if own.log10_lambda is not None and own.log10_lambda[0] < own.log10_lambda[1] > self.log10_lambda[1]:
+                raise ValueError(
+                    f"'search.groups.{group}.log10_lambda': its upper end, {own.log10_lambda[1]:g}, is above that of "
+                    f"search.log10_lambda, {self.log10_lambda[1]:g}, which stands for the anchor; lower it to that"
+                )
         return self
+
+    @field_validator("task_weights")
+    @classmethod
+    def _weighs(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] == value[1] != 1:
+            raise ValueError("one number for all experts changes nothing; give a range, or remove it")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -175,10 +195,11 @@ class SearchSettings(BaseModel):
             return said
         if said.get("parallel", 1) != 1:
             raise ValueError("'search.parallel': a walk takes all workers; set it to 1, or walk: once")
-        groups = said.get("groups") or {}
-        for where in (said, *(own for own in groups.values() if isinstance(own, dict))):
-            for key, plain in (("gamma", 1), ("anchor_scale", 1)):
-                if where.get(key, plain) not in (plain, [plain, plain], (plain, plain)):
+        groups = said.get("groups")
+        own = groups.values() if isinstance(groups, dict) else ()
+        for where in (said, *(vars(one) if isinstance(one, GroupSettings) else one for one in own)):
+            for key, plain in (("gamma", 1), ("anchor_scale", 1)) if isinstance(where, dict) else ():
+                if where.get(key) not in (None, plain, [plain, plain], (plain, plain)):
                     raise ValueError(
                         f"'search.{key}': a walk in every trial goes on with the weights it has solved around the "
                         f"anchor; set it to {plain}, or walk: once"

@@ -161,7 +161,7 @@ class Space:
             low, high = axis.ends
             for group in axis.groups:
                 values[group][axis.key, axis.task] = low + place * (high - low)
-        return {group: self._setting(found) for group, found in values.items()}
+        return {group: self._setting(group, found) for group, found in values.items()}
 
     def encode(self, settings: Mapping[str, Setting], *, clip: bool = False) -> Point:
         """Return the point that `settings` stand at; `decode(encode(s)) == s` for all that `decode` returns.
@@ -200,10 +200,15 @@ class Space:
         settings = {}
         for group in self.groups:
             low, high = self._ends(group, "log10_lambda") or self.log10_lambda
-            own = 10.0**low if low == high else lam
-            found: dict[tuple[Hyperparameter, str | None], float] = {("log10_lambda", None): math.log10(own)}
+            fixed = low == high
+            found: dict[tuple[Hyperparameter, str | None], float] = {
+                ("log10_lambda", None): low if fixed else math.log10(lam)
+            }
             found |= {(key, None): value for key, value in self._plain_values(group).items()}
-            settings[group] = self._setting(found)
+            weight = self._ends(group, "task_weights") or (1.0, 1.0)
+            if weight != (1.0, 1.0):
+                found |= {("task_weights", task): min(max(1.0, weight[0]), weight[1]) for task in self.tasks}
+            settings[group] = self._setting(group, found)
         return settings if self.holds(settings) else None
 
     def global_line(self, n: int) -> list[dict[str, Setting]]:
@@ -260,8 +265,8 @@ class Space:
             values[key] = min(max(values[key], low), high)
         return values
 
-    def _setting(self, values: Mapping[tuple[Hyperparameter, str | None], float]) -> Setting:
-        lam = self._lambda(values["log10_lambda", None])
+    def _setting(self, group: str, values: Mapping[tuple[Hyperparameter, str | None], float]) -> Setting:
+        lam = self._lambda(group, values["log10_lambda", None])
         gamma = round(values["gamma", None], 12)
         scale = round(values["anchor_scale", None], 12)
         if math.isinf(lam):
@@ -277,10 +282,11 @@ class Space:
     def _weighs(self) -> bool:
         return any(axis.key == "task_weights" for axis in self.axes)
 
-    def _lambda(self, exponent: float) -> float:
+    def _lambda(self, group: str, exponent: float) -> float:
         lam = _significant(10.0**exponent)
-        top = self.log10_lambda
-        return math.inf if top[0] < top[1] and lam >= _significant(10.0 ** top[1]) else lam
+        low, high = self._ends(group, "log10_lambda") or self.log10_lambda
+        # A number is that number, wherever the anchor stands.
+        return math.inf if low < high and lam >= _significant(10.0 ** self.log10_lambda[1]) else lam
 
     def _place(self, axis: Axis, setting: Setting, *, clip: bool) -> float:
         low, high = axis.ends

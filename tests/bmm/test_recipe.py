@@ -157,6 +157,16 @@ def test_the_folder_is_not_the_users_to_set(values: dict[str, Any]) -> None:
         ("search", {"walk": "every-trial", "parallel": 2}, "'search.parallel': a walk takes all workers"),
         ("search", {"walk": "every-trial", "gamma": [0.9, 1.1]}, "'search.gamma': a walk in every trial"),
         ("search", {"walk": "every-trial", "groups": {"qkv": {"anchor_scale": 0.5}}}, "'search.anchor_scale': a walk"),
+        ("search", {"walk": "every-trial", "groups": {"qkv": {"gamma": 2}}}, "'search.gamma': a walk in every trial"),
+        ("search", {"walk": "every-trial", "groups": ["qkv"]}, "'search.groups': "),
+        ("search", {"groups": {"qkv": {}}}, "'search.groups.qkv' says nothing; give it a range or a number, or"),
+        ("search", {"groups": {"qkv": None}}, "'search.groups.qkv' says nothing; give it a range or a number, or"),
+        (
+            "search",
+            {"groups": {"qkv": {"log10_lambda": [1, 3]}}},
+            "'search.groups.qkv.log10_lambda': its upper end, 3",
+        ),
+        ("search", {"task_weights": 2}, "'search.task_weights': one number for all experts changes nothing"),
         ("search", {"log10_lambda": [-400, 2]}, "'search.log10_lambda': both ends must lie within ±30"),
         ("search", {"gamma": [0.5, float("inf")]}, "'search.gamma': both ends must lie within ±1000"),
         ("anchor", {"method": "fisher", "seed": 2**70}, "'anchor.seed'"),
@@ -350,6 +360,18 @@ def test_the_document_of_an_anchor_alone_gives_the_same_recipe_again(values: dic
     del values["grams"], values["search"]
     recipe = Recipe.from_mapping(values)
     assert Recipe.from_mapping(json.loads(json.dumps(recipe.document()))) == recipe
+
+
+def test_a_walk_in_every_trial_may_have_groups_with_a_lambda_of_their_own(values: dict[str, Any]) -> None:
+    groups = {"qkv": {"log10_lambda": [-2, 0]}, "mlp-in": {"gamma": None, "log10_lambda": -1}}
+    recipe = Recipe.from_mapping({**values, "search": {"walk": "every-trial", "groups": groups}})
+    assert recipe.search.groups["qkv"].ranges() == {"log10_lambda": (-2.0, 0.0)}
+
+
+def test_a_walk_in_every_trial_goes_one_round(values: dict[str, Any]) -> None:
+    said = {**values, "search": {"walk": "every-trial"}, "regression": {"rounds": 2}}
+    with pytest.raises(RecipeError, match=r"'regression.rounds': with search.walk: every-trial .*; set it to 1, or"):
+        Recipe.from_mapping(said)
 
 
 def test_a_recipe_cannot_be_changed(values: dict[str, Any]) -> None:

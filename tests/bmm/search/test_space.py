@@ -232,6 +232,26 @@ def test_an_end_of_a_groups_own_below_the_top_is_no_anchor() -> None:
     assert space.plain(10.0) is None
 
 
+@pytest.mark.parametrize("exponent", [2.0, 3.0])
+def test_a_groups_own_number_is_that_number(exponent: float) -> None:
+    space = Space(("a", "b"), (-4.0, 2.0), (1.0, 1.0), own={"b": {"log10_lambda": (exponent, exponent)}})
+    settings = space.decode([1.0])
+    assert (settings["a"].lam, settings["b"].lam) == (math.inf, 10.0**exponent)
+    plain = space.plain(0.1)
+    assert plain is not None
+    assert plain["b"].lam == 10.0**exponent
+
+
+@pytest.mark.parametrize(("ends", "weight"), [((0.5, 0.9), 0.9), ((0.5, 2.0), 1.0), ((1.5, 2.0), 1.5)])
+def test_the_line_of_one_lambda_weighs_tasks_as_evenly_as_it_may(ends: tuple[float, float], weight: float) -> None:
+    tasks = ("mail", "news")
+    own = Space(("a", "b"), (-4.0, 2.0), (0.9, 1.1), tasks=tasks, own={"b": {"task_weights": ends}})
+    for space in (Space(("a", "b"), (-4.0, 2.0), (0.9, 1.1), task_weights=ends, tasks=tasks), own):
+        line = space.global_line(5)
+        assert len(line) == 5
+        assert all(settings["b"].weights == (("mail", weight), ("news", weight)) for settings in line)
+
+
 def test_groups_and_ranges_that_cannot_be_are_named() -> None:
     with pytest.raises(RecipeError, match="no module group 'd'; the groups are a"):
         Space(("a",), (-4.0, 2.0), (0.9, 1.1), own={"d": {"gamma": (1.0, 1.0)}})
