@@ -13,6 +13,8 @@ PROPOSALS = 2
 """Version of Bayesian proposals (`bmm.search.propose`): with another one their studies begin anew."""
 RACES = 2
 """Version of races (`Plan.rival_of`) where tasks have floors: with another one such studies begin anew."""
+ANCHOR_TRIAL = 2
+"""Version of the anchor's trial where a walk has several rounds: with another one such studies begin anew."""
 
 
 @dataclass(frozen=True)

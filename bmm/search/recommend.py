@@ -6,7 +6,7 @@ rows have, and the highest posterior mean is taken, as is usual in noisy Bayesia
 1807.02811, section 5). A walk through the network is exact at the `λ` that it went on with: at another one a layer is
 solved from inputs that the layers before it no longer give. So, unless every trial walks, that setting is taken unless
 it is worse by more than one standard error (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning,
-7.10) of the difference on the same rows (`bmm.search.rows`). Elsewhere none is preferred: on four text tasks, around TSV-M,
+7.10) of the difference on the same rows (`bmm.search.rows`). Elsewhere none is preferred: on four text tasks with TSV-M
 the anchor stood within one standard error of the best and kept 94.8 % on the test rows, the best 96.7 %. Only trials
 that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
 validation rows; where tasks have floors, those that keep them, or else those that miss them by least, and of these

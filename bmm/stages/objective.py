@@ -20,7 +20,7 @@ from bmm.evaluation.racing import PARTS, verdict
 from bmm.prediction import Panel, StoredWeights
 from bmm.search.outcome import Outcome
 from bmm.search.rows import GainsByTask
-from bmm.search.setting import Setting
+from bmm.search.setting import ANCHOR, Setting
 from bmm.search.settings import SearchSettings
 from bmm.stages.anchor import published_dtypes
 from bmm.stages.panel import expert_answers, panel_of
@@ -59,6 +59,7 @@ class Objective:
         settings = SearchSettings.model_validate(request.settings["search"])
         self._groups = groups
         self._objective, self._racing = settings.objective, settings.racing
+        self._rounds = request.settings["regression"].get("rounds", 1)
         self._panel: Panel = panel_of(work, request, setup)
         if self._objective != "share-of-expert":
             for task in self._panel.tasks:
@@ -94,7 +95,10 @@ class Objective:
         Raises:
             FloatingPointError: a weight or an answer is not finite.
         """
-        regressed = assembler.trial({module: chosen[group] for module, group in self._groups.items()})
+        regressed: Mapping[str, torch.Tensor] = {}
+        # From the second round on, what a map leans on is no longer the anchor.
+        if self._rounds == 1 or any(setting != ANCHOR for setting in chosen.values()):
+            regressed = assembler.trial({module: chosen[group] for module, group in self._groups.items()})
         state = {**self._rest, **{name: tensor.to(self._dtypes[name]) for name, tensor in regressed.items()}}
         rows = {task: self._panel.rows(task, self.split) for task in self._panel.tasks}
         seen: dict[str, list[int]] = {task: [] for task in rows}

@@ -248,7 +248,7 @@ def _write_best(
     entries: dict[str, dict[str, Any]] = {}
     chosen = {module: settings[group] for module, group in groups.items()}
     # From the second round on, what a map leans on is no longer the anchor.
-    keeps_none = rounds > 1
+    keeps_none = rounds > 1 and any(setting != ANCHOR for setting in chosen.values())
 
     def get(name: str) -> torch.Tensor:
         members = assembler.parameters.get(name, ())

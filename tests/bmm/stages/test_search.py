@@ -237,6 +237,19 @@ def test_workers_find_what_this_process_would(
     assert searched(merged) == (there, weights)
 
 
+def test_the_anchors_trial_is_the_anchor_after_several_rounds_too(
+    merged: Path, edit_recipe: Edit, in_process: None
+) -> None:
+    found = []
+    for rounds in (1, 2):
+        search = {"per": "model", "trials": 1, "objective": "nll"}
+        edit_recipe(merged, search=search, regression={"rounds": rounds, "heads": "keep"})
+        said, weights = searched(merged)
+        found.append((said["trials"][0]["objective"], weights))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == found[0][1]
+
+
 def walks(folder: Path) -> set[str]:
     return {entry.key for entry in Store.open(folder / "store").entries() if entry.kind == "walk"}
 
