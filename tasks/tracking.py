@@ -197,12 +197,14 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
     ]
     parameters = [Param(name, str(value)[:500]) for name, value in sorted(_flat(_settings(document)).items())]
     client.log_batch(parent, metrics=metrics, params=parameters)
+    split = document["search"].get("split") or "validation"
     with progress("logging to MLflow", len(trials) + 1) as bar:
         for trial in trials:
             child = client.create_run(
                 experiment, run_name=f"trial {trial['index']}", tags={_CHILD_OF: parent}
             ).info.run_id
-            measured = {f"validation.{task}": value for task, value in trial["tasks"].items()}
+            # Without labels a task's value is how often the model agrees with the expert.
+            measured = {f"{split}.{task}": value for task, value in trial["tasks"].items()}
             if trial["objective"] is not None:
                 measured |= {"objective": trial["objective"], "seen": trial["seen"]}
             if trial["variance"] is not None:

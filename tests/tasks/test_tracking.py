@@ -208,3 +208,16 @@ def test_a_real_server(
         assert {"recipe.yaml", "merge.json", "report.html", "figures", "model"} <= artifacts(client, tracked.run_id)
         assert track(*merged) == tracked
         assert len(runs(client, merged[1])[0]) == 1
+
+
+def test_what_trials_measure_without_labels_is_named_so(client: Any, merged: tuple[Store, Merge]) -> None:
+    store, merge = merged
+    document = json.loads(json.dumps(merge.document))
+    document["search"]["split"] = "unlabelled"
+    document["recipe"]["tracking"]["experiment"] = "without-labels"
+    other = replace(merge, document=document)
+    track(store, other)
+    ((parent,), children) = runs(client, other)
+    for child in children[parent.info.run_id]:
+        assert "unlabelled.task0" in child.data.metrics
+        assert not [name for name in child.data.metrics if name.startswith("validation.")]
