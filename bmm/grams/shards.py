@@ -110,11 +110,17 @@ def compute_shard(values: dict[str, Any]) -> ShardAnswer:
 
 
 def forget() -> None:
-    """Let go of the expert that this process has loaded, the rows and the store."""
-    with _lock:
-        _kept.clear()
-        _rows.cache_clear()
-        _store_at.cache_clear()
+    """Let go of the expert that this process has loaded, the rows and the store, unless it is at another run's shard.
+
+    It is not waited for: Dask calls this in the thread that answers its scheduler.
+    """
+    if _lock.acquire(blocking=False):
+        try:
+            _kept.clear()
+            _rows.cache_clear()
+            _store_at.cache_clear()
+        finally:
+            _lock.release()
 
 
 def _computed(request: ShardRequest) -> ShardAnswer:

@@ -164,8 +164,9 @@ def _ask(missing: Sequence[tuple[RunningSum, int]], summing: Summing, cluster: C
     rows = sum(_rows(request) for request in requests)
     with progress("collecting Gram matrices", rows, "rows") as bar, workers(cluster) as reached:
         run_all(reached, compute_shard, requests, bar, steps=_rows, landed=landed)
-        # Workers of a standing scheduler live on, and are asked for other things.
-        reached.everywhere(forget)
+        if cluster.scheduler is not None:
+            # Its workers live on, and are asked for other things.
+            reached.everywhere(forget)
 
 
 def _tell_counts(counts: Iterable[Mapping[str, int]]) -> None:

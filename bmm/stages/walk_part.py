@@ -79,7 +79,12 @@ def part_moments(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
     names = ("tasks", "before", "done", "solved")
     request = PartRequest(**{**values, **{name: tuple(values[name]) for name in names}})
     with _lock, one_thread():
-        return _part_of(request).moments(request)
+        try:
+            return _part_of(request).moments(request)
+        finally:
+            for walk in tuple(_unwanted):
+                _unwanted.discard(walk)
+                _drop_walk(walk)
 
 
 def open_walk(
@@ -207,6 +212,8 @@ class _Part:
 _lock = threading.Lock()
 _parts: dict[tuple[int, ...], _Part] = {}
 """The shares of one walk that this process has: one, unless workers died or are to come. Used under the lock."""
+_unwanted: set[str] = set()
+"""Walks that ended while another one's moments were summed here."""
 
 
 def _part_of(request: PartRequest) -> _Part:
@@ -220,9 +227,19 @@ def _part_of(request: PartRequest) -> _Part:
 
 
 def forget(walk: str) -> None:
-    """Let go of what this process has of a walk."""
-    with _lock:
-        _drop([tasks for tasks, part in _parts.items() if part.walk == walk])
+    """Let go of what this process has of a walk, at once or when another walk has its answer."""
+    # A worker does this where it also answers its scheduler, so that it must not wait.
+    if not _lock.acquire(blocking=False):
+        _unwanted.add(walk)
+        return
+    try:
+        _drop_walk(walk)
+    finally:
+        _lock.release()
+
+
+def _drop_walk(walk: str) -> None:
+    _drop([tasks for tasks, part in _parts.items() if part.walk == walk])
 
 
 def _drop(shares: Sequence[tuple[int, ...]]) -> None:

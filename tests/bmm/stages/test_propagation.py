@@ -207,3 +207,26 @@ def test_a_worker_that_dies_on_the_way_changes_no_byte(
     search(merged)
     assert len(asked) > 3
     assert {key: (entry.path / "moments.safetensors").read_bytes() for key, entry in walked(merged).items()} == before
+
+
+def test_a_worker_that_sums_for_one_walk_does_not_wait_to_forget_another(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(merged / "store")
+    for entry in store.entries():
+        if entry.kind in ("walk", "search", "stage-search"):
+            assert store.discard(entry.kind, entry.key)
+    dropped: list[set[str]] = []
+
+    def forgotten_meanwhile(values: dict[str, Any]) -> list[tuple[Moments, ...]]:
+        with walk_part._lock:
+            # As Dask's event loop does, in the thread that heartbeats come from; it must return.
+            walk_part.forget(values["walk"])
+        found = walk_part.part_moments(values)
+        dropped.append({part.walk for part in walk_part._parts.values()})
+        return found
+
+    monkeypatch.setattr(walker, "part_moments", forgotten_meanwhile)
+    search(merged)
+    assert dropped
+    assert not any(dropped)
