@@ -24,6 +24,7 @@ from bmm.notes import (
     starved_experts,
     unmatched,
     unmeasured,
+    unused,
     zero_task_vectors,
 )
 from bmm.recipe import Recipe
@@ -102,6 +103,7 @@ def build_document(recipe: Recipe, inputs: Inputs, results: Mapping[str, Result]
         "notes": [
             *other_bases({name: expert.get("trained_on") for name, expert in experts.items()}, inputs.base.source),
             *unmatched(layout.unmatched),
+            *unused(layout.unused),
             *shards_again(shards),
             *(() if recipe.anchor_alone else unmeasured(evaluation["metrics"])),
             *(zero_task_vectors(_norms(results, inputs, work)) if "task-vectors" in results else ()),

@@ -67,10 +67,17 @@ def singular_grams(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def unmatched(names: Sequence[str]) -> list[str]:
-    """Name the encoder's parameters that some expert lacks, and that are published as the base has them."""
+    """Name the encoder's parameters that some expert's model lacks, and that are published as the base has them."""
     if not names:
         return []
-    return [f"Not every expert has {names[0]}{_more(names)}: there the merged model is the base."]
+    return [f"Not every expert's model has {names[0]}{_more(names)}: there the merged model is the base."]
+
+
+def unused(names: Sequence[str]) -> list[str]:
+    """Name the experts' tensors that are left out, since transformers ignores them when it loads the experts."""
+    if not names:
+        return []
+    return [f"Some expert stores {names[0]}{_more(names)}, which its model does not load: left out."]
 
 
 def starved_experts(coverage: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -137,6 +137,18 @@ class Architecture:
         """
         return frozenset(name for names in self._parameters(checkpoint) for name in names)
 
+    def loads(self, checkpoint: Checkpoint) -> frozenset[str] | None:
+        """Return the names of all that such a model takes from a checkpoint, buffers too; None of a tower, unknown.
+
+        Raises:
+            CheckpointError: the config does not describe a model that transformers can build.
+        """
+        if self.tower is not None:
+            return None
+        # What is wrong with the config is said in one place.
+        self._parameters(checkpoint)
+        return _built(self.auto_class, canonical_json(checkpoint.config)).loaded
+
     def _parameters(self, checkpoint: Checkpoint) -> list[tuple[str, ...]]:
         """Return the names of each parameter, those of tied ones together."""
         try:
@@ -155,12 +167,15 @@ class Architecture:
 class _Built:
     """What a model says of itself: the names of each parameter, those of tied ones together, and its encoder's name.
 
+    `loaded` are the names of all that it takes from a checkpoint, buffers too.
+
     Most classes say themselves what they call their encoder; in others it is the one part that is a model of its own.
     Where there is no such part, or more than one, it is None.
     """
 
     parameters: list[tuple[str, ...]]
     encoder: str | None
+    loaded: frozenset[str]
 
 
 @lru_cache(maxsize=32)
@@ -181,7 +196,7 @@ def _built(auto_class: str, config: str) -> _Built:
     models = [name for name, part in model.named_children() if isinstance(part, transformers.PreTrainedModel)]
     if not (own and hasattr(model, own)):
         own = models[0] if len(models) == 1 else None
-    return _Built([tuple(names) for names in tied.values()], own)
+    return _Built([tuple(names) for names in tied.values()], own, frozenset(model.state_dict()))
 
 
 def _inner(checkpoint: Checkpoint) -> str:

@@ -5,7 +5,7 @@ What comes of it is a `bmm.checkpoint.layout.Layout`. Which stored name is whose
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from bmm.checkpoint.architecture import Architecture
@@ -61,14 +61,21 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             )
     shared: list[SharedParameter] = []
     heads: dict[str, dict[str, str]] = {expert: {} for expert in experts}
+    loads = {expert: architectures[expert].loads(checkpoint) for expert, checkpoint in experts.items()}
     unmatched: list[str] = []
+    unused: set[str] = set()
     for name in sorted(base_names.keys() | set().union(*expert_names.values())):
         holders = [expert for expert in experts if name in expert_names[expert]]
-        complete = name in base_names and len(holders) == len(experts)
-        if not complete and not _is_float(name, base, base_names, experts, expert_names):
+        if _is_float(name, base, base_names, experts, expert_names):
+            # A model ignores what its architecture does not have, an old pooler or a mask; its expert lacks it then.
+            useless = [expert for expert in holders if not _loaded(f"{dotted(prefix)}{name}", loads[expert])]
+            unused |= {expert_names[expert][name] for expert in useless}
+            holders = [expert for expert in holders if expert not in useless]
+        elif name not in base_names or len(holders) < len(experts):
             continue
+        complete = name in base_names and len(holders) == len(experts)
         if not holders:
-            unmatched.append(name)
+            unmatched += [name] if name in base_names else []
         elif len(holders) < len(experts) and _unneeded(f"{dotted(prefix)}{name}", holders, experts, architectures):
             # A pooler, say, that one kind of model does without: it travels with the heads that need it.
             for expert in holders:
@@ -84,7 +91,9 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
     for expert, checkpoint in experts.items():
         if architectures[expert].tower is None:
             encoder = set(expert_names[expert].values()) | copied[expert]
-            heads[expert].update({name: name for name in checkpoint.names() if name not in encoder})
+            head = [name for name in checkpoint.names() if name not in encoder]
+            heads[expert].update({name: name for name in head if _loaded(name, loads[expert])})
+            unused |= {name for name in head if name not in heads[expert] and checkpoint.info(name).is_float}
         if architectures[expert].whole and heads[expert]:
             raise CheckpointError(
                 f"expert '{expert}' has the tensor '{min(heads[expert])}', which the base {base.path} lacks; name a "
@@ -112,6 +121,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
         tied=tied,
         copies=kept,
         unmatched=tuple(unmatched),
+        unused=tuple(sorted(unused)),
     )
 
 
@@ -190,6 +200,11 @@ def _is_float(
     if name in base_names:
         infos.append(base.info(base_names[name]))
     return any(info.is_float for info in infos)
+
+
+def _loaded(name: str, known: Collection[str] | None) -> bool:
+    """Return whether a model takes a tensor from its checkpoint, as far as it is known what it takes."""
+    return known is None or name in known
 
 
 def _unneeded(

@@ -56,7 +56,8 @@ class Layout:
         tokenizers: experts whose tokenizer has other tokens than the base's.
         tied: groups of names in the task models that stand for one parameter, which is merged under the first.
         copies: the base's stored names that repeat a merged parameter -> that parameter's canonical name.
-        unmatched: canonical names of the base's encoder parameters that some expert lacks (a pooler, say), sorted.
+        unmatched: canonical names of the base's encoder parameters that some expert's model lacks (a pooler), sorted.
+        unused: stored names of experts' float tensors that their models do not load and that are left out, sorted.
     """
 
     prefix: str
@@ -69,6 +70,7 @@ class Layout:
     tied: tuple[tuple[str, ...], ...] = ()
     copies: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def extra_rows(self, expert: str) -> dict[str, int]:
         """Return by parameter of the head how many rows of its own an expert has."""
@@ -101,6 +103,8 @@ class Layout:
             "tied": [list(names) for names in self.tied],
             "copies": dict(self.copies),
             "unmatched": list(self.unmatched),
+            # Named only where there are any, so that a layout without them reads as it always did.
+            **({"unused": list(self.unused)} if self.unused else {}),
         }
 
     @classmethod
@@ -124,6 +128,7 @@ class Layout:
             tied=tuple(tuple(names) for names in value.get("tied", ())),
             copies=dict(value.get("copies", {})),
             unmatched=tuple(value.get("unmatched", ())),
+            unused=tuple(value.get("unused", ())),
         )
 
 

@@ -7,6 +7,7 @@ from bmm.notes import (
     starved_experts,
     unmatched,
     unmeasured,
+    unused,
     zero_task_vectors,
 )
 
@@ -61,7 +62,14 @@ def test_rows_that_are_missing_are_told() -> None:
 def test_parameters_that_the_base_alone_has_are_named() -> None:
     assert unmatched([]) == []
     assert unmatched(["pooler.weight", "pooler.bias"]) == [
-        "Not every expert has pooler.weight and 1 more: there the merged model is the base."
+        "Not every expert's model has pooler.weight and 1 more: there the merged model is the base."
+    ]
+
+
+def test_tensors_that_no_model_loads_are_named() -> None:
+    assert unused([]) == []
+    assert unused(["h.0.attn.bias", "h.1.attn.bias"]) == [
+        "Some expert stores h.0.attn.bias and 1 more, which its model does not load: left out."
     ]
 
 

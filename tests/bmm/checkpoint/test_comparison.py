@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,9 +187,58 @@ def test_a_tensor_that_all_experts_lack_is_named(save, edit_weights) -> None:
 
 
 def test_a_tensor_that_only_one_expert_has_is_named(save, edit_weights) -> None:
-    mail = save("mail")
-    edit_weights(mail, lambda tensors: tensors.update({"bert.adapter.weight": torch.zeros(2)}))
-    refused(save("base"), "expert 'mail' has", "'adapter.weight'", "'news'", news=save("news"), mail=mail)
+    base, news, mail = save("base", "masked"), save("news"), save("mail")
+    edit_weights(mail, lambda tensors: tensors.pop("bert.pooler.dense.bias"))
+    refused(base, "expert 'news' has", "'pooler.dense.bias'", "'mail'", news=news, mail=mail)
+
+
+LEFT_OVER = {
+    "bert.encoder.adapter": torch.ones(2),
+    "cls.predictions.transform.dense.weight": torch.ones(16, 16),
+}
+
+
+@pytest.mark.parametrize("holders", [("news",), ("news", "mail")])
+@pytest.mark.parametrize("in_base", [True, False])
+def test_tensors_that_no_model_loads_are_left_out_and_named(
+    save, edit_weights, in_base: bool, holders: tuple[str, ...]
+) -> None:
+    base, news, mail = save("base", "encoder"), save("news"), save("mail")
+    plain = layout(base, news=news, mail=mail)
+    assert "unused" not in plain.to_json()
+    for name in holders:
+        edit_weights({"news": news, "mail": mail}[name], lambda tensors: tensors.update(LEFT_OVER))
+    if in_base:
+        edit_weights(base, lambda tensors: tensors.update({"encoder.adapter": torch.ones(2)}))
+    found = layout(base, news=news, mail=mail)
+    assert found.unused == tuple(sorted(LEFT_OVER))
+    assert found.dropped == found.unmatched == (("encoder.adapter",) if in_base else ())
+    assert replace(found, unused=(), dropped=(), unmatched=()) == plain
+    assert Layout.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_masks_that_are_floats_in_one_checkpoint_and_truths_in_another_are_left_out(save, edit_weights) -> None:
+    base, news, mail = save("base", "encoder"), save("news"), save("mail")
+    shared = layout(base, news=news, mail=mail).shared
+    mask = torch.ones(4, 4)
+    edit_weights(base, lambda tensors: tensors.update({"encoder.mask": mask}))
+    for folder in (news, mail):
+        edit_weights(folder, lambda tensors: tensors.update({"bert.encoder.mask": mask.bool()}))
+    found = layout(base, news=news, mail=mail)
+    assert found.shared == shared
+    assert found.dropped == ("encoder.mask",)
+
+
+def test_a_pooler_that_one_kind_of_model_ignores_travels_with_the_heads_of_the_other(save, edit_weights) -> None:
+    base, words, news = save("base", "encoder"), save("words", "masked"), save("news")
+    opened = {"words": Checkpoint.open(words), "news": Checkpoint.open(news)}
+    kinds = {"words": MASKED, "news": CLASSIFIER}
+    plain = compare(Checkpoint.open(base), opened, kinds)
+    edit_weights(words, lambda tensors: tensors.update({"bert.pooler.dense.weight": torch.ones(16, 16)}))
+    found = compare(Checkpoint.open(base), {**opened, "words": Checkpoint.open(words)}, kinds)
+    assert found.unused == ("bert.pooler.dense.weight",)
+    assert replace(found, unused=()) == plain
+    assert "bert.pooler.dense.weight" in found.heads["news"]
 
 
 def test_integers_for_floats_are_refused(save, edit_weights) -> None:
