@@ -15,6 +15,9 @@ from bmm.search.plan import ANCHOR_TRIAL, PROPOSALS, RACES
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
 
+_HALVES = ("bfloat16", "float16")
+"""Of a recipe's dtypes, those in which a head is not what its expert or the fit has."""
+
 Results = Mapping[str, Result]
 
 
@@ -72,6 +75,7 @@ class Requests:
             case "publish":
                 given = {"experts": results["experts"].outputs["experts"]}
                 settings = {"dtype": self.recipe.dtype, "max_shard_size": self.recipe.max_shard_size}
+                settings |= self._head_dtype()
                 if not self.recipe.anchor_alone:
                     given["search"] = results["search"].outputs["search"]
                     return self._request(stage, results, given, settings)
@@ -140,6 +144,10 @@ class Requests:
             "experts": [expert.to_json() for expert in self.inputs.experts],
         }
 
+    def _head_dtype(self) -> dict[str, str]:
+        # Once heads had their expert's dtype, and fitted ones float32, in a merge of any dtype.
+        return {"head_dtype": self.recipe.dtype} if self.recipe.dtype in _HALVES else {}
+
     def _order(self) -> list[str]:
         return [expert.name for expert in self.inputs.experts]
 
@@ -157,6 +165,7 @@ class Requests:
             "regression": regression.settings(),
             "minimum_coverage": self.recipe.coverage.minimum,
             "dtype": self.recipe.dtype,
+            **self._head_dtype(),
         }
         given = self._solved_from(results)
         if regression.mode == "propagated":
@@ -179,8 +188,8 @@ class Requests:
             settings["search"] = search.model_dump(mode="json", include=kept)
         if search.trials or regression.mode == "propagated" or regression.fits_heads is not None:
             settings["batch_size"] = self.recipe.evaluation.batch_size
-        else:
-            # No row is read.
+        elif not self._head_dtype():
+            # No row is read, and no head.
             del given["experts"]
         where = {"cluster": self._cluster()}
         return self._request("search", results, given, settings, where)

@@ -1,7 +1,8 @@
 """The experts' heads fitted to a merged encoder, as files beside its weights; part of the search stage.
 
 What is fitted is `bmm.regression.head`; a head that is not there, because it was not to be fitted or has no last layer
-of its own, stays the expert's. An encoder that does not fit into `cluster.memory_limit` has one layer in memory at a
+of its own, stays the expert's. Where the recipe asks for half precision all heads are rounded as the encoder is, before
+anything is measured with them. An encoder that does not fit into `cluster.memory_limit` has one layer in memory at a
 time, read anew for each batch; the bytes are the same.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -67,6 +69,24 @@ def write_heads(draft: Draft, work: Work, request: Request, setup: Setup, lam: f
                 save_file(fitted, draft.path / FOLDER / f"{expert.name}.safetensors")
             bar.advance()
     return layers
+
+
+def round_heads(draft: Draft, work: Work, request: Request, setup: Setup, dtype: torch.dtype) -> None:
+    """Put every expert's head beside the encoder that stands in the draft, rounded; fitted layers are rounded too."""
+    fitted = heads_in(draft.path)
+    for expert in setup.experts:
+        artefact = work.read(request.inputs["experts"][expert.name])
+        with expert.model.open() as checkpoint:
+            own = head_tensors(checkpoint, setup.layout, expert.name, artefact)
+            head = rounded({**own, **fitted.get(expert.name, {})}, dtype)
+            if head:
+                (draft.path / FOLDER).mkdir(exist_ok=True)
+                save_file(head, draft.path / FOLDER / f"{expert.name}.safetensors")
+
+
+def rounded(head: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a head with its floating-point tensors in another dtype."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in head.items()}
 
 
 def heads_in(folder: Path) -> Heads:

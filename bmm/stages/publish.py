@@ -34,7 +34,7 @@ from bmm.sizes import parse_bytes
 from bmm.sources import Model
 from bmm.stages.alone import anchor_alone
 from bmm.stages.anchor import published_dtypes
-from bmm.stages.heads import Heads, heads_in
+from bmm.stages.heads import Heads, heads_in, rounded
 from bmm.stages.objective import DTYPES
 from bmm.stages.request import COVERAGE, Request, Work
 from bmm.stages.setup import Setup, setup_of
@@ -68,6 +68,7 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
             architecture = work.read(request.inputs["layout"]).read_json("modules.json")["architecture"]
             dtype = request.settings["dtype"]
             draft.write_json("config.json", _config(setup, base.config, architecture, dtype))
+            half = DTYPES[request.settings.get("head_dtype", "base")]
             _copy_support(base, setup.experts[0].model, draft.path)
             for expert in setup.experts:
                 checkpoint = stack.enter_context(expert.model.open())
@@ -75,6 +76,8 @@ def publish(work: Work, request: Request) -> dict[str, Any]:
                 head = {**head_tensors(checkpoint, setup.layout, expert.name, artefact), **heads.get(expert.name, {})}
                 if not head:
                     continue
+                if half is not None:
+                    head = rounded(head, torch_dtype(half))
                 (draft.path / "heads").mkdir(exist_ok=True)
                 # One entry only: safetensors writes several in a random order.
                 config = _head_config(checkpoint.config, artefact.read_json("expert.json")["labels"])

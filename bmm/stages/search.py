@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bmm.assembly import Assembler, Solved
+from bmm.checkpoint.tensors import torch_dtype
 from bmm.cluster.connection import workers
 from bmm.cluster.run import run_all
 from bmm.cluster.settings import ClusterSettings
@@ -39,7 +40,7 @@ from bmm.search.space import Space
 from bmm.search.study import Study
 from bmm.stages.anchor import write_state
 from bmm.stages.assembling import assembler_of, check_coverage, module_groups
-from bmm.stages.heads import write_heads
+from bmm.stages.heads import round_heads, write_heads
 from bmm.stages.objective import DTYPES, Objective
 from bmm.stages.request import Request, Work, version_of
 from bmm.stages.setup import Setup, setup_of
@@ -95,6 +96,8 @@ def _search(work: Work, request: Request, setup: Setup, settings: SearchSettings
         heads = request.settings["regression"].get("heads")
         if heads is not None:
             told["heads"] = {"lambda": heads, "layers": write_heads(draft, work, request, setup, heads)}
+        if (half := DTYPES[request.settings.get("head_dtype", "base")]) is not None:
+            round_heads(draft, work, request, setup, torch_dtype(half))
         draft.write_json("search.json", told)
 
 
@@ -151,11 +154,12 @@ def _searched(
 
 
 def _identity(request: Request, settings: SearchSettings) -> dict[str, Any]:
-    """Return what trials depend on: not on whether heads are fitted in the end, as they answer with the experts'."""
+    """Return what trials depend on: not on whether heads are fitted or rounded, as they answer with the experts'."""
     regression = {name: value for name, value in request.settings["regression"].items() if name != "heads"}
+    said = {name: value for name, value in request.settings.items() if name != "head_dtype"}
     return {
         "inputs": dict(request.inputs),
-        "settings": {**request.settings, "regression": regression, "search": settings.identity()},
+        "settings": {**said, "regression": regression, "search": settings.identity()},
         "version": version_of("search"),
     }
 

@@ -113,6 +113,22 @@ def test_only_searches_whose_races_have_changed_begin_anew() -> None:
     assert settings(floors={"all": 0.9})["races"] == settings(also="worst-task", searcher="random")["races"] == RACES
 
 
+def test_only_merges_of_half_precision_say_the_dtype_of_heads() -> None:
+    def said(stage: str, **values: Any) -> dict[str, Any]:
+        done = Result("any", "", "ran", 0.0, dict.fromkeys(("layout", "experts", "anchor", "search"), ""))
+        found = Requests(Recipe.from_mapping({**VALUES, **values}), inputs())
+        request = found.build(stage, dict.fromkeys(STAGES, done))
+        return {**request.settings, **dict.fromkeys(request.inputs)}
+
+    for stage in ("search", "publish"):
+        assert "head_dtype" not in said(stage) | said(stage, dtype="float32")
+        assert said(stage, dtype="float16")["head_dtype"] == "float16"
+    # Where no row is read, heads are what a search reads of the experts.
+    plain: dict[str, Any] = {"regression": {"mode": "module-wise", "lambda": 0.1, "heads": "keep"}, "search": "none"}
+    assert "experts" not in said("search", **plain)
+    assert "experts" in said("search", **plain, dtype="bfloat16")
+
+
 @pytest.mark.parametrize(
     ("digests", "stages"),
     [

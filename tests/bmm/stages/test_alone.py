@@ -82,6 +82,8 @@ def test_no_row_is_read_and_the_bytes_do_not_depend_on_the_threads(alone: Callab
     torch.set_num_threads(before)
     assert contents[0] == contents[1]
     assert load_file(made.output / "model.safetensors")["embeddings.word_embeddings.weight"].dtype == torch.bfloat16
+    heads = [load_file(file) for file in (made.output / "heads").iterdir()]
+    assert {tensor.dtype for head in heads for tensor in head.values()} == {torch.bfloat16}
 
 
 def test_large_files_are_not_kept_twice(

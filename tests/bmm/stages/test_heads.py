@@ -15,10 +15,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from bmm.errors import CheckpointError, RecipeError
 from bmm.pipeline import STAGES, merge, perform_here, run_stages
+from bmm.plan import cached_results
 from bmm.recipe import Recipe
 from bmm.regression.head import fitted_head
 from bmm.sources import fingerprint_inputs, fingerprint_model
 from bmm.stages.evaluate import evaluate_checkpoint
+from bmm.stages.heads import heads_in
 from bmm.stages.objective import Objective
 from bmm.stages.request import Work
 from bmm.store import Store
@@ -80,6 +82,30 @@ def test_a_layer_at_a_time_gives_the_same_bytes(merged: Path, edit_recipe: Edit,
         heads.append({file.name: file.read_bytes() for file in found.iterdir()})
     assert sorted(heads[0]) == [f"task{index}.safetensors" for index in range(3)]
     assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize("heads", [0.1, "keep"])
+def test_in_half_precision_heads_are_rounded_before_they_are_measured(
+    merged: Path, edit_recipe: Edit, in_process: None, heads: float | str
+) -> None:
+    # With the experts' heads and nothing searched no row is read to merge.
+    said: dict[str, Any] = {"regression": {"mode": "module-wise", "lambda": 0.1, "heads": heads}, "search": "none"}
+    edit_recipe(merged, **said, evaluation={"compare": []}, dtype="bfloat16")
+    document, output = run(merged)
+    recipe = Recipe.from_yaml(merged / "recipe.yaml")
+    store = Store.open(merged / "store")
+    results = cached_results(recipe, fingerprint_inputs(recipe, check_output_folder=False), store)
+    known = heads_in(store.read(results["search"].reference("search")).path)
+    for expert in ("task0", "task1", "task2"):
+        published = load_file(output / "heads" / f"{expert}.safetensors")
+        assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}
+        assert published.keys() == known[expert].keys()
+        assert all(torch.equal(tensor, known[expert][name]) for name, tensor in published.items())
+        own = load_file(merged / "experts" / expert / "model.safetensors")
+        kept = torch.equal(published["classifier.weight"], own["classifier.weight"].to(torch.bfloat16))
+        assert kept == (heads == "keep")
+    for task, found in measured(merged).items():
+        assert found["model"] == document["metrics"]["test"][task]["merged"]
 
 
 def measured(folder: Path) -> dict[str, Any]:
