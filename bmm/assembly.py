@@ -70,6 +70,14 @@ class Assembler:
         """The maps' problems by module."""
         return self._problems
 
+    def problem(self, module: str, setting: Setting) -> Problem:
+        """Return a map's problem with the sums and the anchor that a setting asks for."""
+        problem = self._problems.at(module, setting.sums)
+        if setting.anchor_scale == 1.0:
+            return problem
+        anchor = assemble(problem.base, problem.posterior.anchor, setting.anchor_scale)
+        return replace(problem, posterior=problem.posterior.around(anchor))
+
     def solve(self, module: str, setting: Setting, spread: Spread | None = None) -> Solved:
         """Return one map's solution at one setting, with `spread` that of a draw rather than of the mean.
 
@@ -80,7 +88,7 @@ class Assembler:
         """
         if spread is None and (known := self._of_walk(module, setting)) is not None:
             return known
-        problem = self._problem(module, setting)
+        problem = self.problem(module, setting)
         mean = problem.posterior.mean(setting.lam)
         if spread is not None:
             mean += spread(problem, setting.lam)
@@ -106,7 +114,7 @@ class Assembler:
             if (known := self._of_walk(module, settings[module])) is not None:
                 self._place(module, known.solution, tensors)
                 continue
-            problem, lam, gamma = self._problem(module, settings[module]), settings[module].lam, settings[module].gamma
+            problem, lam, gamma = self.problem(module, settings[module]), settings[module].lam, settings[module].gamma
             solution = problem.posterior.near_mean(lam)
             if gamma != 1.0:
                 solution = torch.lerp(problem.base.to(torch.float32), solution, gamma)
@@ -129,14 +137,6 @@ class Assembler:
         for module, found in solved.items():
             self._place(module, found.solution, tensors)
         return tensors[name], solved
-
-    def _problem(self, module: str, setting: Setting) -> Problem:
-        """Return a map's problem with the sums and the anchor that a setting asks for."""
-        problem = self._problems.at(module, setting.sums)
-        if setting.anchor_scale == 1.0:
-            return problem
-        anchor = assemble(problem.base, problem.posterior.anchor, setting.anchor_scale)
-        return replace(problem, posterior=problem.posterior.around(anchor))
 
     def _of_walk(self, module: str, setting: Setting) -> Solved | None:
         """Return what the walk has made of a map, where this is the setting that it went on with."""

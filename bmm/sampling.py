@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from bmm.assembly import Assembler
-from bmm.problems import Problem
+from bmm.problems import GramOf, Problem
 from bmm.regression.moments import Moments
 from bmm.regression.sample import (
     deviation,
@@ -83,7 +83,7 @@ def module_wise_noise(
     assembler: Assembler,
     settings: Settings,
     weights: ExpertWeights,
-    gram: Callable[[int, str], torch.Tensor],
+    gram: GramOf,
     rows: Callable[[int, str], int],
 ) -> dict[str, Noise]:
     """Return the noise of maps that were regressed on the inputs that each expert sees.
@@ -92,18 +92,20 @@ def module_wise_noise(
         assembler: the maps.
         settings: by module.
         weights: the experts.
-        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, input group).
+        gram: gives expert `t`'s Gram matrix `(in, in)` by (t, input group, how it is to be summed).
         rows: gives the number of rows behind it.
     """
     found = {}
-    for group, problems in _by_group(assembler).items():
+    for group, problems in _by_group(assembler, settings).items():
         counts = [rows(index, group) for index in range(weights.count)]
-        grams = [gram(index, group) for index in range(weights.count)]
+        # The residuals are weighed as the regression has weighed them.
+        summed = {settings[problem.map.module].sums for problem in problems}
+        grams = {sums: [gram(index, group, sums) for index in range(weights.count)] for sums in summed}
         for problem in problems:
-            lam = settings[problem.map.module].lam
+            setting = settings[problem.map.module]
             experts = (problem.map.matrix(partial(weights.expert, index), bias=False) for index in range(weights.count))
-            error = error_from_experts(problem.posterior.mean(lam), experts, grams)
-            found[problem.map.module] = _noise(problem, lam, error, counts)
+            error = error_from_experts(problem.posterior.mean(setting.lam), experts, grams[setting.sums])
+            found[problem.map.module] = _noise(problem, setting.lam, error, counts)
     return _drawn(found)
 
 
@@ -116,7 +118,7 @@ def propagated_noise(assembler: Assembler, settings: Settings, moments: Callable
         moments: gives the moments by input group.
     """
     found = {}
-    for group, problems in _by_group(assembler).items():
+    for group, problems in _by_group(assembler, settings).items():
         held = moments(group)
         for problem in problems:
             module = problem.map.module
@@ -144,8 +146,10 @@ def _drawn(found: Mapping[str, Noise | None]) -> dict[str, Noise]:
     return {module: noise for module, noise in found.items() if noise is not None}
 
 
-def _by_group(assembler: Assembler) -> dict[str, list[Problem]]:
+def _by_group(assembler: Assembler, settings: Settings) -> dict[str, list[Problem]]:
+    """Return the problems as they were solved at their settings, by what they read."""
     groups: dict[str, list[Problem]] = {}
-    for problem in assembler.problems.values():
+    for module in assembler.problems:
+        problem = assembler.problem(module, settings[module])
         groups.setdefault(problem.map.input_group, []).append(problem)
     return groups

@@ -14,7 +14,7 @@ from bmm.errors import CheckpointError
 from bmm.grams.estimate import blend
 from bmm.grams.store import GramReader
 from bmm.prediction import StoredWeights
-from bmm.problems import Sums, module_wise, propagated
+from bmm.problems import GramOf, Sums, module_wise, propagated
 from bmm.regression.settings import RegressionSettings
 from bmm.search.groups import ModulePlace, groups_of
 from bmm.search.settings import Per
@@ -62,6 +62,16 @@ def assembler_of(
         problems = propagated(setup.regressed, weights, walked.prior, walked.moments, keep=keep)
         return Assembler(problems, walked.prior, walked.lambdas, walked.solved)
     grams = gram_readers(work, request, setup)
+    gram = summed_grams(work, request, setup)
+    problems = module_wise(
+        setup.regressed, weights, anchored, gram, lambda group: sum(reader.rows(group) for reader in grams), keep=keep
+    )
+    return Assembler(problems, anchored)
+
+
+def summed_grams(work: Work, request: Request, setup: Setup) -> GramOf:
+    """Return what gives an expert's Gram matrix as it is summed over tasks: blended and weighted."""
+    grams = gram_readers(work, request, setup)
     settings = RegressionSettings.model_validate(request.settings["regression"])
     counts = settings.weights([expert.name for expert in setup.experts])
     names = [expert.name for expert in setup.experts]
@@ -77,10 +87,7 @@ def assembler_of(
             found = blended.total / blended.rows
         return found * (counts[index] * dict(weighted).get(names[index], 1.0))
 
-    problems = module_wise(
-        setup.regressed, weights, anchored, gram, lambda group: sum(reader.rows(group) for reader in grams), keep=keep
-    )
-    return Assembler(problems, anchored)
+    return gram
 
 
 def gram_readers(work: Work, request: Request, setup: Setup) -> list[GramReader]:

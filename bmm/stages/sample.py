@@ -31,13 +31,14 @@ from bmm.evaluation.calibration import (
 )
 from bmm.evaluation.metrics import resampled_counts
 from bmm.prediction import Panel, StoredWeights
+from bmm.problems import AS_IT_IS
 from bmm.publication import holds
 from bmm.recipe import EvaluationSettings
 from bmm.sampling import Noise, Sampler, module_wise_noise, propagated_noise
 from bmm.search.setting import Setting
 from bmm.sources import Model
 from bmm.stages.anchor import published_dtypes
-from bmm.stages.assembling import assembler_of, gram_readers, module_groups
+from bmm.stages.assembling import assembler_of, gram_readers, module_groups, summed_grams
 from bmm.stages.heads import heads_in
 from bmm.stages.objective import DTYPES
 from bmm.stages.panel import panel_of
@@ -145,7 +146,20 @@ class Draws:
                 },
             )
 
-        return self._work.obtain("noise", {"search": self._found.to_json()}, make, version=NOISE_VERSION)
+        # Once the residuals were weighed alike, around the recipe's own sums and anchor.
+        said = {"weighed": "as solved"} if self._weighed else None
+        return self._work.obtain("noise", {"search": self._found.to_json()}, make, settings=said, version=NOISE_VERSION)
+
+    @property
+    def _weighed(self) -> bool:
+        """Whether maps were solved with other sums or another anchor than experts that count alike give."""
+        regression = self._request.settings["regression"]
+        weighted = regression["mode"] == "module-wise" and any(
+            weight != 1.0 for weight in regression.get("task_weights", {}).values()
+        )
+        return weighted or any(
+            setting.sums != AS_IT_IS or setting.anchor_scale != 1.0 for setting in self._settings.values()
+        )
 
     @cached_property
     def _sampler(self) -> Sampler:
@@ -175,7 +189,7 @@ class Draws:
                 self._assembler,
                 self._settings,
                 weights,
-                lambda index, group: grams[index].gram(group),
+                summed_grams(self._work, self._request, self._setup),
                 lambda index, group: grams[index].rows(group),
             )
 

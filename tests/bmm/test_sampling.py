@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from bmm.assembly import Assembler
 from bmm.modules.linear import LinearMap
-from bmm.problems import Problem, Problems
+from bmm.problems import Problem, Problems, Sums
 from bmm.regression.evidence import Evidence
 from bmm.regression.posterior import decompose, factor
 from bmm.regression.sample import deviation, effective_rows, noise_variance, settled_directions, standard_normal
@@ -38,21 +39,26 @@ class Case:
     def expert(self, index: int, name: str) -> torch.Tensor:
         return self.weights[index][name]
 
+    def gram(self, index: int, _group: str, sums: Sums) -> torch.Tensor:
+        return self.grams[index] * dict(sums[1]).get(str(index), 1.0)
+
     def assembler(self) -> Assembler:
-        total = sum(self.grams[1:], self.grams[0])
-        spectrum = decompose(total, where="a.query")
-        problems = []
-        for map_ in MAPS:
-            name, mean = map_.weight, self.anchor[map_.weight]
-            pull = sum((self.expert(t, name) - mean) @ gram for t, gram in enumerate(self.grams))
-            posterior = factor(spectrum, mean, pull)
-            problems.append(Problem(map_, posterior, self.start[name], Evidence.of(posterior, 1.0, sum(self.counts))))
-        return Assembler(Problems(MAPS, lambda *_: problems, biases=False, keep=True), self.anchor.__getitem__)
+        def factored(_members: Sequence[LinearMap], sums: Sums) -> list[Problem]:
+            grams = [self.gram(index, "a.query", sums) for index in range(self.count)]
+            spectrum = decompose(sum(grams[1:], grams[0]), where="a.query")
+            problems = []
+            for map_ in MAPS:
+                name, mean = map_.weight, self.anchor[map_.weight]
+                pull = sum((self.expert(t, name) - mean) @ gram for t, gram in enumerate(grams))
+                posterior = factor(spectrum, mean, pull)
+                evidence = Evidence.of(posterior, 1.0, sum(self.counts))
+                problems.append(Problem(map_, posterior, self.start[name], evidence))
+            return problems
+
+        return Assembler(Problems(MAPS, factored, biases=False, keep=True), self.anchor.__getitem__)
 
     def noise(self, settings: dict[str, Setting]):
-        return module_wise_noise(
-            self.assembler(), settings, self, lambda t, _: self.grams[t], lambda t, _: self.counts[t]
-        )
+        return module_wise_noise(self.assembler(), settings, self, self.gram, lambda t, _: self.counts[t])
 
 
 def test_noise_is_that_of_the_residuals() -> None:
@@ -69,6 +75,24 @@ def test_noise_is_that_of_the_residuals() -> None:
         torch.testing.assert_close(noise[module].variance, wanted)
         assert noise[module].rows == effective_rows(COUNTS)
         assert noise[module].settled == settled_directions(problem.posterior, lam)
+
+
+def test_the_width_does_not_depend_on_the_unit_that_tasks_are_weighed_in() -> None:
+    made = Case()
+
+    def width(query: float, key: float, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        weights = [(("0", weight), ("1", weight)) for weight in (query, key)]
+        settings = {
+            map_.module: Setting(0.1, 1.0, scale, weights=pair) for map_, pair in zip(MAPS, weights, strict=True)
+        }
+        noise = made.noise(settings)
+        return {module: part.variance / dict(settings[module].weights)["0"] for module, part in noise.items()}
+
+    one, other = width(1.0, 1.0), width(4.0, 0.5)
+    # Of a covariance that is the noise's variance over the sum of Gram matrices, both are in the weights' unit.
+    assert all(torch.allclose(one[module], other[module]) for module in one)
+    # The residuals are those of the anchor that the maps were solved around.
+    assert not torch.allclose(one["a.key"], width(1.0, 1.0, 0.5)["a.key"])
 
 
 def test_a_draw_is_assembled_as_the_mean_is() -> None:
