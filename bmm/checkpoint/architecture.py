@@ -8,6 +8,7 @@ checkpoints here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -137,8 +138,10 @@ class Architecture:
         """
         return frozenset(name for names in self._parameters(checkpoint) for name in names)
 
-    def loads(self, checkpoint: Checkpoint) -> frozenset[str] | None:
-        """Return the names of all that such a model takes from a checkpoint, buffers too; None of a tower, unknown.
+    def loads(self, checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]] | None:
+        """Return what such a model takes from a checkpoint, buffers too, by name; None of a tower, where it is unknown.
+
+        The values are shapes.
 
         Raises:
             CheckpointError: the config does not describe a model that transformers can build.
@@ -167,7 +170,7 @@ class Architecture:
 class _Built:
     """What a model says of itself: the names of each parameter, those of tied ones together, and its encoder's name.
 
-    `loaded` are the names of all that it takes from a checkpoint, buffers too.
+    `loaded` are the names and shapes of all that it takes from a checkpoint, buffers too.
 
     Most classes say themselves what they call their encoder; in others it is the one part that is a model of its own.
     Where there is no such part, or more than one, it is None.
@@ -175,7 +178,7 @@ class _Built:
 
     parameters: list[tuple[str, ...]]
     encoder: str | None
-    loaded: frozenset[str]
+    loaded: Mapping[str, tuple[int, ...]]
 
 
 @lru_cache(maxsize=32)
@@ -196,7 +199,8 @@ def _built(auto_class: str, config: str) -> _Built:
     models = [name for name, part in model.named_children() if isinstance(part, transformers.PreTrainedModel)]
     if not (own and hasattr(model, own)):
         own = models[0] if len(models) == 1 else None
-    return _Built([tuple(names) for names in tied.values()], own, frozenset(model.state_dict()))
+    loaded = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return _Built([tuple(names) for names in tied.values()], own, loaded)
 
 
 def _inner(checkpoint: Checkpoint) -> str:

@@ -105,6 +105,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
                 f"expert '{expert}' ({checkpoint.path}) lacks the parameter '{missing[0]}'{more} which its "
                 f"architecture needs; save it as {architectures[expert].auto_class} with `save_pretrained`"
             )
+        _check_head(expert, checkpoint, heads[expert], loads[expert] or {})
     extra, vocabulary = _own_rows(prefix, shared, heads, base, experts)
     merged = {parameter.name for parameter in shared}
     kept = {stored: name for stored, name in copies.items() if name in merged}
@@ -205,6 +206,19 @@ def _is_float(
 def _loaded(name: str, known: Collection[str] | None) -> bool:
     """Return whether a model takes a tensor from its checkpoint, as far as it is known what it takes."""
     return known is None or name in known
+
+
+def _check_head(
+    expert: str, checkpoint: Checkpoint, head: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, stored in head.items():
+        found = checkpoint.info(stored).shape
+        if name in shapes and found != shapes[name]:
+            raise CheckpointError(
+                f"expert '{expert}' has {name} of shape {list(found)}, but {checkpoint.path / 'config.json'} describes "
+                f"one of {list(shapes[name])}; correct the config (its id2label names the classes), or save the model "
+                "again with `save_pretrained`"
+            )
 
 
 def _unneeded(

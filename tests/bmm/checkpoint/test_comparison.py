@@ -248,6 +248,14 @@ def test_integers_for_floats_are_refused(save, edit_weights) -> None:
     refused(save("base"), "expert 'mail'", f"'{name}'", "I8", "F32", news=save("news"), mail=mail)
 
 
+def test_a_head_of_fewer_classes_than_its_config_names_is_refused(save, edit_json) -> None:
+    news = save("news")
+    names = {str(index): f"class {index}" for index in range(5)}
+    numbers = {name: int(index) for index, name in names.items()}
+    edit_json(news / "config.json", lambda value: value.update(id2label=names, label2id=numbers))
+    refused(save("base"), "expert 'news'", "classifier.", "config.json describes one of [5", "id2label", news=news)
+
+
 def test_an_expert_without_a_head_is_refused(save) -> None:
     refused(
         save("base"),
