@@ -8,7 +8,8 @@ checkpoints here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,26 @@ class Architecture:
         self._parameters(checkpoint)
         return _built(self.auto_class, canonical_json(checkpoint.config)).loaded
 
+    def beyond(self, checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
+        """Return the first name that lies in a layer which its model would have if its config counted more of them.
+
+        Transformers ignores such tensors; that the file and its config disagree on the model is the user's to settle.
+        Layers that the architecture itself says to ignore (those that predict further tokens) are no contradiction.
+        """
+        if self.tower is not None:
+            return None
+        self._parameters(checkpoint)
+        built = _built(self.auto_class, canonical_json(checkpoint.config))
+        modules = {name[: part.start()] for name in built.loaded for part in _NUMBER.finditer(name)}
+        layers = {name[: part.end()] for name in built.loaded for part in _NUMBER.finditer(name)}
+        for name in names:
+            parts = list(_NUMBER.finditer(name))
+            if any(name[: one.start()] in modules and name[: one.end()] not in layers for one in parts) and not any(
+                re.search(pattern, name) for pattern in built.ignored
+            ):
+                return name
+        return None
+
     def _parameters(self, checkpoint: Checkpoint) -> list[tuple[str, ...]]:
         """Return the names of each parameter, those of tied ones together."""
         try:
@@ -170,7 +191,8 @@ class Architecture:
 class _Built:
     """What a model says of itself: the names of each parameter, those of tied ones together, and its encoder's name.
 
-    `loaded` are the names and shapes of all that it takes from a checkpoint, buffers too.
+    `loaded` are the names and shapes of all that it takes from a checkpoint, buffers too; `ignored` are the patterns of
+    names that it says may lie in one without being taken.
 
     Most classes say themselves what they call their encoder; in others it is the one part that is a model of its own.
     Where there is no such part, or more than one, it is None.
@@ -179,6 +201,11 @@ class _Built:
     parameters: list[tuple[str, ...]]
     encoder: str | None
     loaded: Mapping[str, tuple[int, ...]]
+    ignored: tuple[str, ...]
+
+
+# The number of a layer in the name of a tensor, with the dot behind it.
+_NUMBER = re.compile(r"(?<=\.)\d+\.")
 
 
 @lru_cache(maxsize=32)
@@ -200,7 +227,8 @@ def _built(auto_class: str, config: str) -> _Built:
     if not (own and hasattr(model, own)):
         own = models[0] if len(models) == 1 else None
     loaded = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return _Built([tuple(names) for names in tied.values()], own, loaded)
+    ignored = tuple(model._keys_to_ignore_on_load_unexpected or ())
+    return _Built([tuple(names) for names in tied.values()], own, loaded, ignored)
 
 
 def _inner(checkpoint: Checkpoint) -> str:

@@ -63,13 +63,14 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
     heads: dict[str, dict[str, str]] = {expert: {} for expert in experts}
     loads = {expert: architectures[expert].loads(checkpoint) for expert, checkpoint in experts.items()}
     unmatched: list[str] = []
-    unused: set[str] = set()
+    unused: dict[str, dict[str, str]] = {expert: {} for expert in experts}
     for name in sorted(base_names.keys() | set().union(*expert_names.values())):
         holders = [expert for expert in experts if name in expert_names[expert]]
         if _is_float(name, base, base_names, experts, expert_names):
             # A model ignores what its architecture does not have, an old pooler or a mask; its expert lacks it then.
             useless = [expert for expert in holders if not _loaded(f"{dotted(prefix)}{name}", loads[expert])]
-            unused |= {expert_names[expert][name] for expert in useless}
+            for expert in useless:
+                unused[expert][f"{dotted(prefix)}{name}"] = expert_names[expert][name]
             holders = [expert for expert in holders if expert not in useless]
         elif name not in base_names or len(holders) < len(experts):
             continue
@@ -93,7 +94,9 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
             encoder = set(expert_names[expert].values()) | copied[expert]
             head = [name for name in checkpoint.names() if name not in encoder]
             heads[expert].update({name: name for name in head if _loaded(name, loads[expert])})
-            unused |= {name for name in head if name not in heads[expert] and checkpoint.info(name).is_float}
+            left = [name for name in head if name not in heads[expert] and checkpoint.info(name).is_float]
+            unused[expert].update({name: name for name in left})
+        _check_layers(expert, checkpoint, architectures[expert], unused[expert])
         if architectures[expert].whole and heads[expert]:
             raise CheckpointError(
                 f"expert '{expert}' has the tensor '{min(heads[expert])}', which the base {base.path} lacks; name a "
@@ -122,7 +125,7 @@ def compare(base: Checkpoint, experts: Mapping[str, Checkpoint], architectures: 
         tied=tied,
         copies=kept,
         unmatched=tuple(unmatched),
-        unused=tuple(sorted(unused)),
+        unused=tuple(sorted({stored for names in unused.values() for stored in names.values()})),
     )
 
 
@@ -206,6 +209,15 @@ def _is_float(
 def _loaded(name: str, known: Collection[str] | None) -> bool:
     """Return whether a model takes a tensor from its checkpoint, as far as it is known what it takes."""
     return known is None or name in known
+
+
+def _check_layers(expert: str, checkpoint: Checkpoint, architecture: Architecture, unused: Mapping[str, str]) -> None:
+    """Refuse tensors of whole layers that the config does not count; `unused` is loaded name -> stored name."""
+    if name := architecture.beyond(checkpoint, unused):
+        raise CheckpointError(
+            f"expert '{expert}' stores '{unused[name]}', a layer that {checkpoint.path / 'config.json'} lacks; "
+            "correct the config's number of layers, or save the model again with `save_pretrained`"
+        )
 
 
 def _check_head(

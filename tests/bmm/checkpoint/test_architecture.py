@@ -122,3 +122,22 @@ def test_an_impossible_config_is_refused(save, edit_json) -> None:
     edit_json(folder / "config.json", lambda value: value.update(num_attention_heads=3))
     with pytest.raises(CheckpointError, match=r"config\.json does not describe a model"):
         CLASSIFIER.missing(Checkpoint.open(folder))
+
+
+def test_layers_beyond_the_config_are_told_from_those_that_the_architecture_ignores(tmp_path: Path) -> None:
+    deepseek = {
+        **PICO, "model_type": "deepseek_v3", "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+        "topk_group": 1, "moe_intermediate_size": 16, "num_key_value_heads": 2,
+    }  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v3"](**deepseek)).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    language = Architecture("AutoModelForCausalLM", "language model", whole=True)
+    leaf = "self_attn.o_proj.weight"
+    assert language.beyond(checkpoint, checkpoint.names()) is None
+    # Predicts the token after next; published checkpoints hold it, and transformers leaves it out.
+    assert language.beyond(checkpoint, [f"model.layers.61.{leaf}"]) is None
+    # Inside a layer that the model has, or no layer at all.
+    assert language.beyond(checkpoint, ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.adapter.7.bias"]) is None
+    beyond = [f"model.layers.1.{leaf}", f"model.layers.2.{leaf}", f"model.layers.3.{leaf}"]
+    assert language.beyond(checkpoint, beyond) == beyond[1]

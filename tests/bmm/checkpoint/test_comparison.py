@@ -217,6 +217,17 @@ def test_tensors_that_no_model_loads_are_left_out_and_named(
     assert Layout.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+@pytest.mark.parametrize("name", ["bert.encoder.layer.2.output.dense.weight", "bert.encoder.layer.17.adapter"])
+@pytest.mark.parametrize("holders", [("news",), ("news", "mail")])
+def test_a_layer_that_the_config_does_not_count_is_refused(
+    save, edit_weights, name: str, holders: tuple[str, ...]
+) -> None:
+    experts = {"news": save("news"), "mail": save("mail")}
+    for holder in holders:
+        edit_weights(experts[holder], lambda tensors: tensors.update({name: torch.ones(16, 16)}))
+    refused(save("base", "encoder"), "expert 'news'", f"'{name}'", "config.json", "number of layers", **experts)
+
+
 def test_masks_that_are_floats_in_one_checkpoint_and_truths_in_another_are_left_out(save, edit_weights) -> None:
     base, news, mail = save("base", "encoder"), save("news"), save("mail")
     shared = layout(base, news=news, mail=mail).shared
