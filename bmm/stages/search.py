@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,28 +171,42 @@ def _studied(
     key = artefact_key(_STUDY, version_of("search"), identity, {})
     log = draft.progress / f"{key}.jsonl"
     draft.progress.mkdir(parents=True, exist_ok=True)
-    kept = None if work.store.fresh or log.exists() else work.store.find(_STUDY, key)
-    if kept is not None:
-        try:
-            shutil.copyfile(work.read(kept).file(_LOG), log)
-        except ArtefactDamagedError:
-            log.unlink(missing_ok=True)
+    if not work.store.fresh:
+        _restore(log, work)
     study = Study.open(log, identity)
     found = search(space, evaluate, study, plan)
     kept = None if work.store.fresh else work.store.find(_STUDY, key)
-    if kept is None or _trials_in(work.read(kept).file(_LOG)) < len(study.trials):
+    if kept is None or _trials_in(work.read(kept).file(_LOG).read_bytes()) < len(study.trials):
         work.store.obtain(_STUDY, key, lambda part: _copied(log, part.path / _LOG), replace=True)
     work.uses(_STUDY, key)
     return found
+
+
+def _restore(log: Path, work: Work) -> None:
+    """Begin a study's log with the most that is known of it: its own, a finished study, or what a killed run left.
+
+    A run that was killed under another budget has its log among its own progress.
+    """
+    known = [log.read_bytes() if log.exists() else b""]
+    for left in sorted(log.parent.parent.glob(f"*/{log.name}")):
+        # That run may be at its end in another process.
+        with suppress(FileNotFoundError):
+            known.append(left.read_bytes())
+    if (kept := work.store.find(_STUDY, log.stem)) is not None:
+        with suppress(ArtefactDamagedError):
+            known.append(work.read(kept).file(_LOG).read_bytes())
+    longest = max(known, key=_trials_in)
+    if longest != known[0]:
+        log.write_bytes(longest)
 
 
 def _copied(log: Path, target: Path) -> None:
     shutil.copyfile(log, target)
 
 
-def _trials_in(log: Path) -> int:
+def _trials_in(log: bytes) -> int:
     # The first line is the study's identity.
-    return len(log.read_bytes().splitlines()) - 1
+    return len(log.splitlines()) - 1
 
 
 def _at_workers(work: Work, request: Request, stack: ExitStack, search_digest: str) -> Evaluate:

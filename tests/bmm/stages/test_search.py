@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bmm.errors import RecipeError
+from bmm.errors import RecipeError, StoreAwayError
 from bmm.pipeline import perform_here, run_stages
 from bmm.recipe import Recipe
 from bmm.sources import fingerprint_inputs
@@ -68,6 +68,35 @@ def test_a_larger_budget_carries_on_and_ends_as_one_go_would(
     results = run_stages(recipe, fingerprint_inputs(recipe), other, perform_here, UPTO_SEARCH)
     assert other.read(results["search"].reference("search")).read_json("search.json") == grown
     assert weights
+
+
+def test_a_search_that_broke_off_goes_on_under_another_budget(
+    merged: Path, edit_recipe: Edit, in_process: None, evaluations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(trials: int) -> None:
+        edit_recipe(merged, search={"per": "model", "trials": trials, "racing": False, "seed": 7})
+
+    counted = Objective.evaluate
+
+    def broken(self: Objective, assembler: Any, chosen: Any, rival: Any) -> Any:
+        if len(evaluations) == 5:
+            raise StoreAwayError("the store is not where it was")
+        return counted(self, assembler, chosen, rival)
+
+    search(12)
+    with monkeypatch.context() as away:
+        away.setattr(Objective, "evaluate", broken)
+        with pytest.raises(StoreAwayError):
+            searched(merged)
+    assert len(evaluations) == 5
+    search(9)
+    found, _ = searched(merged)
+    assert (len(evaluations), len(found["trials"])) == (9, 9)
+    # Its own log has five trials, the study that was kept has nine.
+    search(12)
+    more, _ = searched(merged)
+    assert (len(evaluations), len(more["trials"])) == (12, 12)
+    assert more["trials"][:9] == found["trials"]
 
 
 def test_budgets_end_a_search_and_say_so(merged: Path, edit_recipe: Edit, in_process: None) -> None:
