@@ -15,6 +15,9 @@ from bmm.search.plan import ANCHOR_TRIAL, PROPOSALS, RACES
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
 
+HEAD_ROWS = 2
+"""Version of the rows on which heads of text models are fitted; once those of decoders were kept."""
+_HEADS_OF_TEXTS = ("text-classification", "text-regression")
 _HALVES = ("bfloat16", "float16")
 """Of a recipe's dtypes, those in which a head is not what its expert or the fit has."""
 
@@ -148,6 +151,11 @@ class Requests:
         # Once heads had their expert's dtype, and fitted ones float32, in a merge of any dtype.
         return {"head_dtype": self.recipe.dtype} if self.recipe.dtype in _HALVES else {}
 
+    def _head_rows(self) -> dict[str, int]:
+        kinds = {expert.task.kind for expert in self.recipe.experts if expert.task}
+        fitted = self.recipe.regression.fits_heads is not None and not kinds.isdisjoint(_HEADS_OF_TEXTS)
+        return {"head_rows": HEAD_ROWS} if fitted else {}
+
     def _order(self) -> list[str]:
         return [expert.name for expert in self.inputs.experts]
 
@@ -188,6 +196,7 @@ class Requests:
             settings["search"] = search.model_dump(mode="json", include=kept)
         if search.trials or regression.mode == "propagated" or regression.fits_heads is not None:
             settings["batch_size"] = self.recipe.evaluation.batch_size
+            settings |= self._head_rows()
         elif not self._head_dtype():
             # No row is read, and no head.
             del given["experts"]

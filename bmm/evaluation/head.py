@@ -1,6 +1,7 @@
 """The last layer of a task's own head: finding it, and what it reads and answers.
 
-Heads differ by architecture; the last layer is the `nn.Linear` outside of the encoder whose answer is the model's own.
+Heads differ by architecture; the last layer is the `nn.Linear` outside of the encoder whose answer is the model's own,
+or, in a decoder, whose answer at one place of each row is: such a model answers at every token and keeps the last.
 Where there is none (CLIP's comparison with the classes' names, a language model whose output layer is merged), there is
 no head to fit. What is made of its rows is `bmm.regression.head`.
 """
@@ -45,7 +46,7 @@ def last_layer(model: TaskModel, prepared: Prepared) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    found = [name for name, output in seen.items() if output.shape == answer.shape and torch.equal(output, answer)]
+    found = [name for name, output in seen.items() if _answers(output, answer)]
     return found[-1] if found else None
 
 
@@ -58,17 +59,36 @@ def rows_at(model: TaskModel, name: str, prepared: Prepared) -> tuple[Tensor, Te
     with _watched(model.module.get_submodule(name)) as seen:
         for batch in model.batches(prepared):
             seen.clear()
-            _answer(model, batch)
+            answer = _answer(model, batch)
             mask = batch.get("attention_mask")
             for read, answered in seen:
-                if read.ndim == 3:
-                    kept = torch.ones(read.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-                    inputs.append(read[kept])
-                    answers.append(answered[kept])
+                if read.ndim == 2:
+                    kept: Any = slice(None)
+                elif answer.ndim == 2:
+                    kept = (torch.arange(len(read)), _places(answered, answer))
                 else:
-                    inputs.append(read)
-                    answers.append(answered)
+                    kept = torch.ones(read.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+                inputs.append(read[kept])
+                answers.append(answered[kept])
     return torch.cat(inputs), torch.cat(answers)
+
+
+def _answers(output: Tensor, answer: Tensor) -> bool:
+    """Say whether a layer's output is the model's answer, or holds it at one place of each row."""
+    if output.shape == answer.shape:
+        return torch.equal(output, answer)
+    if output.ndim != 3 or answer.ndim != 2 or (len(output), output.shape[2]) != tuple(answer.shape):
+        return False
+    return bool(_agree(output, answer).any(dim=1).all())
+
+
+def _places(output: Tensor, answer: Tensor) -> Tensor:
+    """Return for each row the last place at which `(rows, places, classes)` holds its answer, `(rows, classes)`."""
+    return output.shape[1] - 1 - _agree(output, answer).flip(1).int().argmax(dim=1)
+
+
+def _agree(output: Tensor, answer: Tensor) -> Tensor:
+    return (output == answer[:, None]).all(dim=2)
 
 
 def _answer(model: TaskModel, batch: dict[str, Any]) -> Tensor:

@@ -156,7 +156,7 @@ def _searched(
 def _identity(request: Request, settings: SearchSettings) -> dict[str, Any]:
     """Return what trials depend on: not on whether heads are fitted or rounded, as they answer with the experts'."""
     regression = {name: value for name, value in request.settings["regression"].items() if name != "heads"}
-    said = {name: value for name, value in request.settings.items() if name != "head_dtype"}
+    said = {name: value for name, value in request.settings.items() if name not in ("head_dtype", "head_rows")}
     return {
         "inputs": dict(request.inputs),
         "settings": {**said, "regression": regression, "search": settings.identity()},

@@ -8,7 +8,7 @@ import pytest
 
 from bmm.pipeline import STAGES
 from bmm.recipe import Recipe
-from bmm.requests import Requests
+from bmm.requests import HEAD_ROWS, Requests
 from bmm.search.plan import RACES
 from bmm.sources import Expert, Inputs, Model
 from bmm.stages.request import Result
@@ -97,7 +97,15 @@ def test_without_a_sample_of_tokens_no_request_speaks_of_one() -> None:
 
     grams, search = settings(tokens_seed=3)
     assert grams == {"source": "activations", "shard_rows": 128, "batch_size": 32}
-    assert search.keys() == {"search", "regression", "minimum_coverage", "dtype", "batch_size", "proposals"}
+    assert search.keys() == {
+        "search",
+        "regression",
+        "minimum_coverage",
+        "dtype",
+        "batch_size",
+        "proposals",
+        "head_rows",
+    }
     sample = {"tokens": 4, "tokens_seed": 3}
     assert settings(**sample) == ({**grams, **sample}, {**search, **sample})
 
@@ -127,6 +135,18 @@ def test_only_merges_of_half_precision_say_the_dtype_of_heads() -> None:
     plain: dict[str, Any] = {"regression": {"mode": "module-wise", "lambda": 0.1, "heads": "keep"}, "search": "none"}
     assert "experts" not in said("search", **plain)
     assert "experts" in said("search", **plain, dtype="bfloat16")
+
+
+def test_only_fitted_heads_of_texts_say_on_which_rows() -> None:
+    def said(**values: Any) -> dict[str, Any]:
+        done = Result("any", "", "ran", 0.0, dict.fromkeys(("layout", "experts", "anchor"), ""))
+        found = Requests(Recipe.from_mapping({**VALUES, **values}), inputs())
+        return dict(found.build("search", dict.fromkeys(STAGES, done)).settings)
+
+    assert said(regression={"mode": "propagated"})["head_rows"] == HEAD_ROWS
+    assert "head_rows" not in said(regression={"mode": "propagated", "heads": "keep"})
+    experts = [{**expert, "task": {**expert["task"], "kind": "image-classification"}} for expert in VALUES["experts"]]
+    assert "head_rows" not in said(regression={"mode": "propagated"}, experts=experts)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_classifiers_merge_whole(tmp_path: Path, family: str) -> None:
         output, document = merge(path, regression={"mode": mode})
         check_coverage(document, base, experts, loaded(encoder, output), mode)
         check_answers(output, document)
+        assert all(document["search"]["heads"]["layers"].values()), "a head was not fitted"
         stored = [load_file(folder / "model.safetensors").keys() for folder in (tmp_path / "base", output)]
         assert stored[0] == stored[1]
 
