@@ -66,6 +66,7 @@ def complete(
             )
     said = replace(said, grams=_grams(said.grams, splits, unseen, grams_said=grams_said))
     said = replace(said, regression=_mode(said))
+    _check_regression(said.regression)
     said = replace(said, regression=_heads(said, unseen))
     rows = all("validation" in own for own in splits.values())
     if said.search.objective == "agreement":
@@ -100,6 +101,22 @@ def _mode(said: Choices) -> RegressionSettings:
             f"matrices from '{said.grams.source}'; set grams.source to activations or the mode to module-wise"
         )
     return regression
+
+
+def _check_regression(regression: RegressionSettings) -> None:
+    """Refuse what the mode does not read; defaults pass, as a recipe that was completed before says them."""
+    if regression.mode == "propagated":
+        return
+    walks = {"rounds": regression.rounds != 1, "walk_lambda": regression.walk_lambda != DEFAULT_LAMBDA}
+    for key, said in walks.items():
+        if said:
+            raise ValueError(
+                f"'regression.{key}': only propagated regression walks; remove it, or set regression.mode to propagated"
+            )
+    if regression.mode == "none" and regression.task_weights:
+        raise ValueError(
+            "'regression.task_weights': without regression nothing is summed; remove it, or set another regression.mode"
+        )
 
 
 def _heads(said: Choices, unseen: Sequence[str]) -> RegressionSettings:

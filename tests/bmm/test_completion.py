@@ -102,6 +102,14 @@ def test_the_walks_own_strength_is_the_one_number_that_there_is() -> None:
         (ALL, {"regression": {"lambda": 0.3}, "search": {"trials": 3}}, "this leaves nothing to search"),
         (ALL, {"grams": VECTORS, "regression": {"mode": "propagated"}}, "'regression.mode': .*from 'task-vectors'"),
         ((), {"grams": {"source": "artifact", "path": {"one": "a"}}}, "'grams.path': two has no folder"),
+        (ALL, {"regression": {"mode": "module-wise", "rounds": 2}}, "'regression.rounds': only propagated .* walks"),
+        (ALL, {"grams": VECTORS, "regression": {"walk_lambda": 0.5}}, "'regression.walk_lambda': only propagated"),
+        (ALL, {"regression": {"mode": "none", "rounds": 2}}, "'regression.rounds': only propagated regression walks"),
+        (
+            ALL,
+            {"regression": {"mode": "none", "task_weights": {"one": 2}}},
+            "'regression.task_weights': without regression nothing is summed",
+        ),
         (
             ("test",),
             {"needs": [("calibration", "'anchor': this")]},

@@ -215,8 +215,9 @@ def test_grams_that_the_walk_cannot_use_mean_module_wise_regression(
     recipe = Recipe.from_mapping({**values, "grams": grams})
     assert recipe.regression.mode == "module-wise"
     assert Recipe.from_mapping(json.loads(json.dumps(recipe.document()))) == recipe
-    assert Recipe.from_mapping({**values, "grams": grams, "regression": {"walk_lambda": 0.5}}).regression.mode == (
-        "module-wise"
+    assert (
+        Recipe.from_mapping({**values, "grams": grams, "regression": {"heads": "keep"}}).regression.mode
+        == "module-wise"
     )
     with pytest.raises(RecipeError, match=r"the recipe: 'regression.mode': .*from '.*'; set grams.source"):
         Recipe.from_mapping({**values, "grams": grams, "regression": {"mode": "propagated"}})
