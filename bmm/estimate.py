@@ -21,6 +21,7 @@ from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams, samp
 from bmm.kinds.settings import ZeroShotImageClassification
 from bmm.outline import Outline
 from bmm.recipe import Recipe
+from bmm.regression.room import room_for_answers
 from bmm.sizes import parse_bytes, readable_bytes
 
 _FLOAT32, _FLOAT64 = 4, 8
@@ -208,27 +209,38 @@ def _grams(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequen
 def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequence[int]) -> tuple[int, int, int]:
     """Return how many workers walk through the network (none without a walk), what the largest share needs, its sums.
 
-    A worker holds what stands outside of the layers, and one layer, of the merged model and of an expert, the hidden
-    states and answers of its own tasks' rows, and one group's moments of each task, and half of that again while
-    products are added to them; and what is mapped of the files.
+    A worker holds what stands outside of the layers, of the merged model and of an expert, and the hidden states of its
+    own tasks' rows: the expert's before and after a layer, and the merged model's. In a layer also the weights of both,
+    and the answers as far as there is room, and a batch's where that is too little; behind the layers a batch's answers
+    and what comes before them. And one group's moments of each task, half of that again while products are added to
+    them, and what is mapped of the files.
     """
     if recipe.regression.mode != "propagated":
         return 0, 0, 0
     sample = sample_in(vars(recipe.grams)).get("tokens", max(tokens, default=0))
-    states = [count * outline.walk_floats(most, min(most, sample)) for count, most in zip(rows, tokens, strict=True)]
-    count = min(recipe.cluster.workers, len(states))
-    bounds = [len(states) * share // count for share in range(count + 1)]
-    largest = max(sum(states[low:high]) for low, high in pairwise(bounds))
-    weights = 2 * (outline.outside + outline.largest_layer)
-    tasks = max(high - low for low, high in pairwise(bounds))
-    moments = tasks * _moments(outline) + _moments(outline) // 2
-    inside = _inside(recipe, outline, tokens)
-    return count, PROCESS_BYTES + (weights + largest) * _FLOAT32 + inside + MOST_BYTES + moments, moments
+    each = [(count * most, count * min(most, sample)) for count, most in zip(rows, tokens, strict=True)]
+    count = min(recipe.cluster.workers, len(each))
+    bounds = [len(each) * share // count for share in range(count + 1)]
+    shares = [each[low:high] for low, high in pairwise(bounds)]
+    tasks = max(len(share) for share in shares)
+    streams = 3 * outline.hidden * max(sum(run for run, _ in share) for share in shares) * _FLOAT32
+    answers = outline.layer_answers * max(sum(kept for _, kept in share) for share in shares) * _FLOAT32
+    batch = recipe.evaluation.batch_size * max((min(most, sample) for most in tokens), default=0) * _FLOAT32
+    room = room_for_answers(parse_bytes(recipe.cluster.memory_limit))
+    if answers > room:
+        answers = min(answers, room + 2 * batch * outline.layer_answers)
+    inside = _moments(outline.largest_group_inside)
+    features, outputs = outline.largest_group_outside
+    outside = _moments((features, outputs))
+    layer = 2 * outline.largest_layer * _FLOAT32 + answers + _inside(recipe, outline, tokens)
+    largest = max(layer + tasks * inside + inside // 2, 3 * batch * outputs + tasks * outside + outside // 2)
+    each_needs = PROCESS_BYTES + 2 * outline.outside * _FLOAT32 + streams + largest + MOST_BYTES
+    return count, each_needs, tasks * max(inside, outside) + max(inside, outside) // 2
 
 
-def _moments(outline: Outline) -> int:
-    """Return the bytes of the largest group's moments."""
-    features, outputs = outline.largest_group
+def _moments(group: tuple[int, int]) -> int:
+    """Return the bytes of the moments of a group of so many features and outputs."""
+    features, outputs = group
     return features * (features + outputs) * _FLOAT64
 
 
@@ -239,7 +251,7 @@ def _solving(outline: Outline) -> int:
     """
     features, outputs = outline.largest_group
     factored = 4 * features**2 + 5 * features * outputs
-    return PROCESS_BYTES + 2 * _moments(outline) + factored * _FLOAT64 + outline.widest * _FLOAT32
+    return PROCESS_BYTES + 2 * _moments(outline.largest_group) + factored * _FLOAT64 + outline.widest * _FLOAT32
 
 
 def _solving_walk(outline: Outline, parts: int) -> int:
@@ -249,7 +261,8 @@ def _solving_walk(outline: Outline, parts: int) -> int:
     """
     features, outputs = outline.largest_group
     factored = 4 * features**2 + 2 * features * outputs
-    sums = max(parts * _moments(outline), _moments(outline) + factored * _FLOAT64)
+    moments = _moments(outline.largest_group)
+    sums = max(parts * moments, moments + factored * _FLOAT64)
     return PROCESS_BYTES + sums + outline.widest * _FLOAT32
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,27 @@ class Outline:
     @property
     def largest_group(self) -> tuple[int, int]:
         """Features and outputs of the maps of one input for which both, squared and multiplied, take most memory."""
-        groups: list[tuple[int, int]] = []
+        return _largest([(features, outputs) for _, features, outputs in self._groups()])
+
+    @property
+    def largest_group_inside(self) -> tuple[int, int]:
+        """The same of the maps inside of layers."""
+        return _largest([(features, outputs) for name, features, outputs in self._groups() if _LAYER.match(name)])
+
+    @property
+    def largest_group_outside(self) -> tuple[int, int]:
+        """The same of the maps that stand before, between or behind layers."""
+        return _largest([(features, outputs) for name, features, outputs in self._groups() if not _LAYER.match(name)])
+
+    def _groups(self) -> list[tuple[str, int, int]]:
+        groups: list[tuple[str, int, int]] = []
         for name, (_, outputs, inputs) in self.matrices.items():
-            if groups and _FOLLOWERS.search(name) and groups[-1][0] == inputs:
-                groups[-1] = (inputs, groups[-1][1] + outputs)
+            if groups and _FOLLOWERS.search(name) and groups[-1][1] == inputs:
+                first, _, others = groups[-1]
+                groups[-1] = (first, inputs, others + outputs)
             else:
-                groups.append((inputs, outputs))
-        return max(groups, key=lambda group: group[0] * (group[0] + group[1]), default=(0, 0))
+                groups.append((name, inputs, outputs))
+        return groups
 
     @property
     def widest(self) -> int:
@@ -135,26 +149,14 @@ class Outline:
         inside = [outputs for name, (_, outputs, _) in self.matrices.items() if _LAYER.match(name)]
         return max(inside or [outputs for _, outputs, _ in self.matrices.values()], default=0)
 
-    def walk_floats(self, tokens: int, answered: int) -> int:
-        """Return the numbers that the walk of propagated regression keeps of a row: one layer's answers, three streams.
-
-        The streams are the expert's before and after the layer, and the merged model's.
-
-        Args:
-            tokens: of the row.
-            answered: those of them of which the expert's answers are kept.
-        """
-        layers: dict[str, list[tuple[int, int, int]]] = {}
-        for name, matrix in self.matrices.items():
-            found = _LAYER.match(name)
-            layers.setdefault(found[0] if found else name, []).append(matrix)
-        return max(
-            (
-                answered * sum(outputs for number, outputs, _ in layer if number == 1) + tokens * 3 * self.hidden
-                for layer in layers.values()
-            ),
-            default=0,
-        )
+    @property
+    def layer_answers(self) -> int:
+        """Numbers that the maps of one layer answer to a token, of the layer that answers most; without layers, all."""
+        layers: Counter[str] = Counter()
+        for name, (number, outputs, _) in self.matrices.items():
+            if number == 1 and ((found := _LAYER.match(name)) or not self.largest_layer):
+                layers[found[0] if found else ""] += outputs
+        return max(layers.values(), default=0)
 
     def tokens(self, task: Mapping[str, Any], folder: Path | None = None) -> int:
         """Return how many tokens a row of a task has at most: as many as it is cut to, or as an image has patches.
@@ -252,3 +254,7 @@ def outline_of_config(config: Mapping[str, Any], architecture: Architecture, whe
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     each = _BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
     return Outline(shapes, each * sum(math.prod(shape) for shape in shapes.values()), config)
+
+
+def _largest(groups: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(groups, key=lambda group: group[0] * (group[0] + group[1]), default=(0, 0))

@@ -31,6 +31,7 @@ class Step:
         beyond: the expert's hidden states after that layer, where it has run to its end.
         answers: the expert's answers `(rows, out)` by map.
         totals: its residual stream `(rows, out)` after each map that writes to it.
+        asked: whether these are there.
         routed: its matrices of maps that rows are routed to (a mixture's experts), by map.
     """
 
@@ -48,6 +49,17 @@ class Step:
         self.answers: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}
         self.routed: Mapping[str, Tensor] = {}
+        self.asked = False
+
+    def forget_answers(self) -> None:
+        """Let go of answers that were for one group only."""
+        self.answers, self.totals, self.asked = {}, {}, False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the expert has answered."""
+        kept = [*self.answers.values(), *self.totals.values(), *([] if self.beyond is None else [self.beyond])]
+        return sum(tensor.nbytes for tensor in kept)
 
 
 class Answers(Observer):

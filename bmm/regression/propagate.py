@@ -13,15 +13,16 @@ source is this project's own notes on the method, not the paper.
 Experts of a mixture are sent other tokens in the merged model than in the fine-tuned one, so their rows do not pair
 up; their target is what the expert's own matrix makes of the merged model's inputs, `Y_t = X̃_t W_tᵀ`.
 
-In memory at a time: hidden states of all rows, one layer's weights and answers to them, and one group's moments (of a
-network that is no chain of layers: all weights). With a sample of each sequence's tokens, the experts' answers and the
-merged model's inputs are those of the same tokens (`bmm.modules.tokens`). Which rows, where weights come from, and what
-is done with the moments is the caller's.
+In memory at a time: hidden states of all rows, one layer's weights, the experts' answers to them as far as there is
+room, and one group's moments (of a network that is no chain of layers: all weights). With a sample of each sequence's
+tokens, the experts' answers and the merged model's inputs are those of the same tokens (`bmm.modules.tokens`). Which
+rows, where weights come from, and what is done with the moments is the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -54,6 +55,8 @@ class Walk:
         maps: the maps to regress, in firing order.
         held_out: for each task, how many of its batches, the last ones, hold rows that are kept out of the solve.
         sample: what is kept of each sequence's tokens; without, all.
+        room: bytes of the experts' answers that are kept while a layer is solved; without, all. An answer that is not
+            kept is asked for once a group, and is the same.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Walk:
         maps: Sequence[LinearMap],
         held_out: Sequence[int] | None = None,
         sample: Sample | None = None,
+        room: int | None = None,
     ) -> None:
         self._merged = merged
         self._expert = expert
@@ -78,6 +82,7 @@ class Walk:
             [Step(batch, Tokens(batch, sample, place)) for place, batch in enumerate(task)] for task in batches
         ]
         self._held_out = held_out
+        self._room = math.inf if room is None else room
         self.units = units_of(maps)
         self._by_module = {map_.module: map_ for map_ in maps}
         self._unit_of = {map_.module: unit for unit in self.units for map_ in unit.maps}
@@ -89,6 +94,8 @@ class Walk:
         # The layer whose weights the merged model has, and the unit that the experts were asked about last.
         self._here: str | None = None
         self._asked: str | None = None
+        # The layer that the expert has, and whose.
+        self._brought: tuple[str, int] | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -110,14 +117,14 @@ class Walk:
         for task, steps in enumerate(self._tasks):
             fit = TaskSums(members)
             if self._held_out is None:
-                for step in steps:
-                    fit.add(*self._rows(place, members, step))
+                for rows in self._rows_of(place, members, task):
+                    fit.add(*rows)
                 found.append((fit.moments(),))
                 continue
             everything, held_out = TaskSums(members), TaskSums(members)
             last = len(steps) - self._held_out[task]
-            for index, step in enumerate(steps):
-                (fit if index < last else held_out).add(*self._rows(place, members, step))
+            for index, rows in enumerate(self._rows_of(place, members, task)):
+                (fit if index < last else held_out).add(*rows)
             everything.include(fit)
             everything.include(held_out)
             found.append((everything.moments(), fit.moments(), held_out.moments()))
@@ -139,20 +146,21 @@ class Walk:
                     step.forget()
             return
         self._arrive(place)
-        merged, expert = (encoder.get_submodule(layer) for encoder in (self._merged, self._expert))
+        merged = self._merged.get_submodule(layer)
         for task, steps in enumerate(self._tasks):
             if any(step.beyond is None for step in steps):
-                self._of_expert.bring(layer, self._of(task))
+                self._bring_expert(place, task)
             for step in steps:
+                if step.beyond is None:
+                    # Under a watch, as answers are: without one, torch may add up fused attention in another order.
+                    step.beyond = self._run(Observer(), self._expert, place, step, step.expert)
                 with torch.inference_mode():
-                    if step.beyond is None:
-                        step.beyond, _ = step.expert_calls[layer].through(expert, step.expert)
                     step.merged, _ = step.merged_calls[layer].through(merged, step.merged)
                 step.expert, step.beyond = step.beyond, None
                 step.forget()
         for resident in (self._of_merged, self._of_expert):
             resident.drop(layer)
-        self._here = None
+        self._here = self._brought = None
 
     def _of(self, task: int) -> Give:
         return lambda name: self._weight(task, name)
@@ -226,23 +234,58 @@ class Walk:
             return calls(resident.encoder, self._layers, batch)
 
     def _ask_experts(self, unit: Unit) -> None:
-        """Let each expert run the unit on its own inputs; keep its answers, or the streams that they were added to."""
+        """Let each expert run the unit on its own inputs; keep its answers, or the streams that they were added to.
+
+        As many as there is room for, and none behind the layers for one group alone (an output head), as nobody needs
+        them twice.
+        """
         layer = self._layer(unit)
+        room = 0 if layer is None and len(unit.groups) == 1 else self._room
         for task, steps in enumerate(self._tasks):
-            if layer is None:
-                self._of_expert.surround(self._of(task))
-            else:
-                self._of_expert.bring(layer, self._of(task))
+            self._bring_expert(unit, task)
             routed = {
                 map_.module: map_.part(self._expert.get_parameter(map_.weight)).detach().clone()
                 for map_ in unit.maps
                 if map_.index is not None
             }
             for step in steps:
-                seen = Answers(unit.maps, to_the_end=layer is not None)
-                with nullcontext() if layer is not None else self._of_expert.passing(self._of(task)):
-                    step.beyond = self._run(seen, self._expert, unit, step, step.expert)
-                step.answers, step.totals, step.routed = seen.answers(), seen.totals(), routed
+                step.routed = routed
+                if room > 0:
+                    self._ask(unit, unit.maps, task, step, to_the_end=layer is not None)
+                    room -= step.nbytes
+
+    def _bring_expert(self, unit: Unit, task: int) -> None:
+        """Have the weights of a task's expert that a unit needs."""
+        layer = self._layer(unit)
+        if layer is None:
+            self._of_expert.surround(self._of(task))
+        elif self._brought != (layer, task):
+            self._of_expert.bring(layer, self._of(task))
+            self._brought = (layer, task)
+
+    def _ask(self, unit: Unit, maps: Sequence[LinearMap], task: int, step: Step, *, to_the_end: bool) -> None:
+        """Run one batch through a unit in its expert, which is there, and keep the answers of some maps."""
+        seen = Answers(maps, to_the_end=to_the_end)
+        with nullcontext() if self._layer(unit) is not None else self._of_expert.passing(self._of(task)):
+            step.beyond = self._run(seen, self._expert, unit, step, step.expert)
+        step.answers, step.totals, step.asked = seen.answers(), seen.totals(), True
+
+    def _rows_of(
+        self, unit: Unit, members: Sequence[LinearMap], task: int
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield rows and targets of a task's batches; answers that were not kept are asked for, a batch at a time."""
+        answered = any(map_.index is None for map_ in members)
+        here = False
+        for step in self._tasks[task]:
+            again = answered and not step.asked
+            if again:
+                if not here:
+                    self._bring_expert(unit, task)
+                    here = True
+                self._ask(unit, members, task, step, to_the_end=False)
+            yield self._rows(unit, members, step)
+            if again:
+                step.forget_answers()
 
     def _layer(self, unit: Unit) -> str | None:
         """Return the layer of the chain that a unit is, or None."""

@@ -23,6 +23,7 @@ from torch import nn
 
 from bmm.checkpoint.layout import dotted
 from bmm.checkpoint.mapped import mapped
+from bmm.cluster.settings import ClusterSettings
 from bmm.evaluation.vocabulary import fill, joined, shifted
 from bmm.memory import give_back
 from bmm.modules.chain import Batch
@@ -33,6 +34,8 @@ from bmm.prediction import StoredWeights, build_model, head_tensors, own_rows, r
 from bmm.regression.held_out import is_held_out
 from bmm.regression.moments import Moments
 from bmm.regression.propagate import Walk
+from bmm.regression.room import room_for_answers
+from bmm.sizes import parse_bytes
 from bmm.stages.request import Request, Work
 from bmm.stages.setup import Setup, setup_of
 from bmm.store import Artefact, Reference, Store
@@ -97,6 +100,7 @@ def open_walk(
     tasks: Sequence[int],
     *,
     held_out: bool = False,
+    room: int | None = None,
 ) -> WalkKind:
     """Return a walk of some tasks that stands at the network's beginning.
 
@@ -109,6 +113,7 @@ def open_walk(
         prior: gives the weights of the model that it begins with.
         tasks: places of the tasks among the experts.
         held_out: whether some rows are kept out of the solve.
+        room: bytes of the experts' answers that are kept while a layer is solved; without, all.
     """
     own = _OwnRows(setup)
     rows = work.read(request.inputs["experts"][setup.experts[0].name])
@@ -125,7 +130,7 @@ def open_walk(
         return weights.expert(tasks[index], name)
 
     sample = Sample.of(request.settings)
-    return kind(merged, expert, weights.names(), prior, weight, batches, setup.regressed, apart, sample)
+    return kind(merged, expert, weights.names(), prior, weight, batches, setup.regressed, apart, sample, room)
 
 
 def solved_over(prior: Give, maps: Sequence[LinearMap], walked: Sequence[Artefact]) -> Give:
@@ -168,7 +173,12 @@ class _Part:
         anchored = StoredWeights(self._work.read(stage.inputs["anchor"]))
         before = [self._work.read(Reference.from_json(reference)) for reference in request.before]
         prior = solved_over(anchored, setup.regressed, before)
-        self._walk = open_walk(Walk, self._work, stage, setup, weights, prior, request.tasks, held_out=request.held_out)
+        limit = parse_bytes(ClusterSettings.model_validate(stage.where["cluster"]).memory_limit)
+        self._walk = open_walk(
+            *(Walk, self._work, stage, setup, weights, prior, request.tasks),
+            held_out=request.held_out,
+            room=room_for_answers(limit),
+        )
         self._done: list[Mapping[str, str]] = []
         self._solved: list[Mapping[str, str]] = []
 

@@ -32,6 +32,7 @@ def walk_of(
     rows: list[list[Batch]],
     maps: Any = None,
     sample: Sample | None = None,
+    room: int | None = None,
 ) -> Walk:
     known = [dict(model.named_parameters(remove_duplicate=False)) for model in (*experts, copy.deepcopy(start))]
     names = dict(start.named_parameters())
@@ -41,7 +42,7 @@ def walk_of(
     def weight(task: int, name: str) -> torch.Tensor:
         return known[task][name]
 
-    return Walk(start, scratch, names, known[-1].__getitem__, weight, rows, maps, sample=sample)
+    return Walk(start, scratch, names, known[-1].__getitem__, weight, rows, maps, sample=sample, room=room)
 
 
 def run(walk: Walk, merged: nn.Module, anchor: nn.Module, lam: float) -> dict[str, Moments]:
@@ -241,6 +242,24 @@ def test_an_expert_of_a_mixture_that_too_few_tokens_reach_keeps_the_anchor() -> 
     few, enough = (trusted(Moments(gram, cross, power, rows), [map_]) for rows in ((8, 7), (8, 8)))
     assert torch.equal(few.posterior(few.spectrum(""), "e.0", anchor).mean(0.1), anchor)
     assert not torch.allclose(enough.posterior(enough.spectrum(""), "e.0", anchor).mean(0.1), anchor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_are_asked_for_again_are_the_same_to_the_last_byte(family: str) -> None:
+    experts = [encoder(family, seed) for seed in (1, 2)]
+    rows = [batches(family, seed, count=3) for seed in (3, 4)]
+    found: dict[int | None, tuple[dict[str, Moments], dict[str, torch.Tensor]]] = {}
+    for room in (None, 0, 5000):
+        anchor = encoder(family, 5)
+        merged = copy.deepcopy(anchor)
+        walk = walk_of(merged, experts, rows, room=room)
+        found[room] = run(walk, merged, anchor, 0.1), dict(merged.named_parameters())
+    for room in (0, 5000):
+        for group, moments in found[None][0].items():
+            for name, tensor in moments.tensors().items():
+                assert torch.equal(found[room][0][group].tensors()[name], tensor), (room, group, name)
+        for name, tensor in found[None][1].items():
+            assert torch.equal(found[room][1][name], tensor)
 
 
 @pytest.mark.parametrize("family", sorted(NOT_CHAINS))
