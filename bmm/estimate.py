@@ -21,7 +21,7 @@ from bmm.grams.settings import ArtifactGrams, HybridGrams, TaskVectorGrams, samp
 from bmm.kinds.settings import ZeroShotImageClassification
 from bmm.outline import Outline
 from bmm.recipe import Recipe
-from bmm.regression.room import room_for_answers
+from bmm.regression.room import room_for_answers, without_answers
 from bmm.sizes import parse_bytes, readable_bytes
 
 _FLOAT32, _FLOAT64 = 4, 8
@@ -171,7 +171,7 @@ def _smaller(stage: StagePlan, recipe: Recipe) -> str:
     if recipe.regression.mode == "propagated":
         return (
             "take fewer calibration rows, or fewer of their tokens (grams.tokens), or more cluster.workers, up to one "
-            "for each expert; regression.mode module-wise keeps no activations"
+            "for each expert, or lower evaluation.batch_size; regression.mode module-wise keeps no activations"
         )
     return "lower search.parallel to 1"
 
@@ -210,10 +210,10 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequenc
     """Return how many workers walk through the network (none without a walk), what the largest share needs, its sums.
 
     A worker holds what stands outside of the layers, of the merged model and of an expert, and the hidden states of its
-    own tasks' rows: the expert's before and after a layer, and the merged model's. In a layer also the weights of both,
-    and the answers as far as there is room, and a batch's where that is too little; behind the layers a batch's answers
-    and what comes before them. And one group's moments of each task, half of that again while products are added to
-    them, and what is mapped of the files.
+    own tasks' rows in both. In a layer also its weights, and the experts' answers, with the streams that they went into
+    and came to, as far as there is room, and a batch's beyond that. Behind the layers, for an output head, sums as wide
+    as its input. And one group's moments of each task, half of that again while products are added to them, and what is
+    mapped of the files.
     """
     if recipe.regression.mode != "propagated":
         return 0, 0, 0
@@ -223,19 +223,22 @@ def _walk(recipe: Recipe, outline: Outline, tokens: Sequence[int], rows: Sequenc
     bounds = [len(each) * share // count for share in range(count + 1)]
     shares = [each[low:high] for low, high in pairwise(bounds)]
     tasks = max(len(share) for share in shares)
-    streams = 3 * outline.hidden * max(sum(run for run, _ in share) for share in shares) * _FLOAT32
-    answers = outline.layer_answers * max(sum(kept for _, kept in share) for share in shares) * _FLOAT32
-    batch = recipe.evaluation.batch_size * max((min(most, sample) for most in tokens), default=0) * _FLOAT32
+    hidden, answered = outline.hidden * _FLOAT32, (outline.layer_answers + 2 * outline.hidden) * _FLOAT32
+    streams = 2 * hidden * max(sum(run for run, _ in share) for share in shares)
+    answers = max(sum(hidden * run + answered * kept for run, kept in share) for share in shares)
     room = room_for_answers(parse_bytes(recipe.cluster.memory_limit))
     if answers > room:
-        answers = min(answers, room + 2 * batch * outline.layer_answers)
+        batch = recipe.evaluation.batch_size * max((hidden + answered) * min(most, sample) for most in tokens)
+        # The last that is kept, and one of those that are not.
+        answers = min(answers, room + 2 * batch)
     inside = _moments(outline.largest_group_inside)
     features, outputs = outline.largest_group_outside
     outside = _moments((features, outputs))
     layer = 2 * outline.largest_layer * _FLOAT32 + answers + _inside(recipe, outline, tokens)
-    largest = max(layer + tasks * inside + inside // 2, 3 * batch * outputs + tasks * outside + outside // 2)
-    each_needs = PROCESS_BYTES + 2 * outline.outside * _FLOAT32 + streams + largest + MOST_BYTES
-    return count, each_needs, tasks * max(inside, outside) + max(inside, outside) // 2
+    head = 3 * features**2 * _FLOAT64 if without_answers(features, outputs) else outside // 2
+    largest = max(layer + tasks * inside + inside // 2, tasks * outside + head)
+    needed = PROCESS_BYTES + 2 * outline.outside * _FLOAT32 + streams + largest + MOST_BYTES
+    return count, needed, tasks * max(inside, outside)
 
 
 def _moments(group: tuple[int, int]) -> int:

@@ -17,6 +17,9 @@ from bmm.stages.request import Request, Result
 
 HEAD_ROWS = 2
 """Version of the rows on which heads of text models are fitted; once those of decoders were kept."""
+OUTPUT_HEAD = 2
+"""Version of a walk's sums of a language model's output head; once they were of the experts' answers."""
+_LANGUAGE_MODELS = ("causal-lm", "seq2seq-lm", "lm-eval")
 _HEADS_OF_TEXTS = ("text-classification", "text-regression")
 _HALVES = ("bfloat16", "float16")
 """Of a recipe's dtypes, those in which a head is not what its expert or the fit has."""
@@ -151,6 +154,10 @@ class Requests:
         # Once heads had their expert's dtype, and fitted ones float32, in a merge of any dtype.
         return {"head_dtype": self.recipe.dtype} if self.recipe.dtype in _HALVES else {}
 
+    def _output_head(self) -> dict[str, int]:
+        kinds = {expert.task.kind for expert in self.recipe.experts if expert.task}
+        return {} if kinds.isdisjoint(_LANGUAGE_MODELS) else {"output_head": OUTPUT_HEAD}
+
     def _head_rows(self) -> dict[str, int]:
         kinds = {expert.task.kind for expert in self.recipe.experts if expert.task}
         fitted = self.recipe.regression.fits_heads is not None and not kinds.isdisjoint(_HEADS_OF_TEXTS)
@@ -179,7 +186,7 @@ class Requests:
         if regression.mode == "propagated":
             # The walk has its own.
             del given["grams"]
-            settings |= sample_in(vars(self.recipe.grams))
+            settings |= sample_in(vars(self.recipe.grams)) | self._output_head()
         elif search.searches("rho"):
             given["gram_parts"] = results["grams"].outputs["parts"]
             settings["rho"] = getattr(self.recipe.grams, "rho", None)

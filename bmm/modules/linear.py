@@ -93,11 +93,17 @@ class LinearMap:
             bias: with the bias, where there is one, as last column.
         """
         weight = self.part(get(self.weight)).to(torch.float64)
-        if self.bias is None or not bias:
+        column = self.bias_of(get) if bias else None
+        if column is None:
             return weight
-        column = get(self.bias)
-        column = column if self.rows is None else column[self.rows[0] : self.rows[1]]
         return torch.cat([weight, column.to(torch.float64)[:, None]], dim=1)
+
+    def bias_of(self, get: Callable[[str], Tensor]) -> Tensor | None:
+        """Return the map's bias `(out,)`, None without one."""
+        if self.bias is None:
+            return None
+        column = get(self.bias)
+        return column if self.rows is None else column[self.rows[0] : self.rows[1]]
 
     def part(self, parameter: Tensor) -> Tensor:
         """Return the map's matrix `(out, in)` as a view of its parameter."""

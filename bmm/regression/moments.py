@@ -140,9 +140,7 @@ class TaskSums:
 
     def add(self, inputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         """Add rows `(rows, in)` and, for each map, its targets `(rows, out)`."""
-        rows = inputs.to(torch.float32)
-        if self._bias:
-            rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+        rows = with_ones(inputs.to(torch.float32), self._bias)
         self._gram.add(rows)
         for name, target in targets.items():
             target = target.to(torch.float32)
@@ -166,8 +164,18 @@ class TaskSums:
         """
         gram = self._gram.total()
         sums = [gram, *self._cross.values(), *self._power.values()]
-        if not all(bool(torch.isfinite(value).all()) for value in sums):
-            raise BMMError(f"the inputs or answers of {self._members[0].module} are not finite on the calibration rows")
+        check_finite(sums, self._members)
         for value in sums:
             value.mul_(1.0 / max(self._rows, 1))
         return Moments(gram, self._cross, self._power, (self._rows,))
+
+
+def with_ones(rows: Tensor, bias: bool) -> Tensor:
+    """Return rows `(rows, in)` with a column of ones where the map has a bias."""
+    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1) if bias else rows
+
+
+def check_finite(sums: Sequence[Tensor], members: Sequence[LinearMap]) -> None:
+    """Raise a BMMError that names the maps if a sum is not finite."""
+    if not all(bool(torch.isfinite(value).all()) for value in sums):
+        raise BMMError(f"the inputs or answers of {members[0].module} are not finite on the calibration rows")

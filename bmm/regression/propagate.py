@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from bmm.modules.residence import Give, Resident
 from bmm.modules.tokens import Sample, Tokens
 from bmm.modules.units import Unit, layers_of, units_of
 from bmm.modules.watch import Observer, Reached, Watch
+from bmm.regression.head_sums import HeadSums, output_head
 from bmm.regression.moments import Moments, TaskSums
 from bmm.regression.passes import Answers, Inputs, Step
 
@@ -84,6 +86,7 @@ class Walk:
         self._held_out = held_out
         self._room = math.inf if room is None else room
         self.units = units_of(maps)
+        self._head = output_head(self.units)
         self._by_module = {map_.module: map_ for map_ in maps}
         self._unit_of = {map_.module: unit for unit in self.units for map_ in unit.maps}
         self._tuple_size = 0
@@ -115,13 +118,13 @@ class Walk:
         members = place.groups[group]
         found: list[tuple[Moments, ...]] = []
         for task, steps in enumerate(self._tasks):
-            fit = TaskSums(members)
+            fit = self._sums(place, members)
             if self._held_out is None:
                 for rows in self._rows_of(place, members, task):
                     fit.add(*rows)
                 found.append((fit.moments(),))
                 continue
-            everything, held_out = TaskSums(members), TaskSums(members)
+            everything, held_out = (self._sums(place, members) for _ in range(2))
             last = len(steps) - self._held_out[task]
             for index, rows in enumerate(self._rows_of(place, members, task)):
                 (fit if index < last else held_out).add(*rows)
@@ -156,7 +159,8 @@ class Walk:
                     step.beyond = self._run(Observer(), self._expert, place, step, step.expert)
                 with torch.inference_mode():
                     step.merged, _ = step.merged_calls[layer].through(merged, step.merged)
-                step.expert, step.beyond = step.beyond, None
+                if step.beyond is not None:
+                    step.expert, step.beyond = step.beyond, None
                 step.forget()
         for resident in (self._of_merged, self._of_expert):
             resident.drop(layer)
@@ -236,11 +240,12 @@ class Walk:
     def _ask_experts(self, unit: Unit) -> None:
         """Let each expert run the unit on its own inputs; keep its answers, or the streams that they were added to.
 
-        As many as there is room for, and none behind the layers for one group alone (an output head), as nobody needs
-        them twice.
+        As many as there is room for; of an output head none, whose sums do without them.
         """
+        if unit == self._head:
+            return
         layer = self._layer(unit)
-        room = 0 if layer is None and len(unit.groups) == 1 else self._room
+        room = self._room
         for task, steps in enumerate(self._tasks):
             self._bring_expert(unit, task)
             routed = {
@@ -270,10 +275,17 @@ class Walk:
             step.beyond = self._run(seen, self._expert, unit, step, step.expert)
         step.answers, step.totals, step.asked = seen.answers(), seen.totals(), True
 
-    def _rows_of(
-        self, unit: Unit, members: Sequence[LinearMap], task: int
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yield rows and targets of a task's batches; answers that were not kept are asked for, a batch at a time."""
+    def _rows_of(self, unit: Unit, members: Sequence[LinearMap], task: int) -> Iterator[tuple[Tensor, Any]]:
+        """Yield rows and targets of a task's batches; of an output head the expert's rows in place of targets.
+
+        Answers that were not kept are asked for, a batch at a time.
+        """
+        if unit == self._head:
+            self._bring_expert(unit, task)
+            for step in self._tasks[task]:
+                own = self._read(unit, members, self._of_expert, self._of(task), step)
+                yield self._read(unit, members, self._of_merged, self._prior, step).inputs(), own.inputs()
+            return
         answered = any(map_.index is None for map_ in members)
         here = False
         for step in self._tasks[task]:
@@ -293,9 +305,7 @@ class Walk:
 
     def _rows(self, unit: Unit, members: Sequence[LinearMap], step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the merged model's rows `(rows, in)` at a group, and the targets `(rows, out)` of its maps."""
-        seen = Inputs(members)
-        with nullcontext() if self._layer(unit) is not None else self._of_merged.passing(self._prior):
-            self._run(seen, self._merged, unit, step, step.merged)
+        seen = self._read(unit, members, self._of_merged, self._prior, step)
         inputs = seen.inputs()
         targets = {}
         for map_ in members:
@@ -311,6 +321,18 @@ class Walk:
             else:
                 targets[name] = step.answers[name]
         return inputs, targets
+
+    def _read(self, unit: Unit, members: Sequence[LinearMap], resident: Resident, give: Give, step: Step) -> Inputs:
+        """Run one batch through a unit, up to what a group reads."""
+        seen = Inputs(members)
+        hidden = step.merged if resident is self._of_merged else step.expert
+        with nullcontext() if self._layer(unit) is not None else resident.passing(give):
+            self._run(seen, resident.encoder, unit, step, hidden)
+        return seen
+
+    def _sums(self, unit: Unit, members: Sequence[LinearMap]) -> Any:
+        """Return what adds up the rows that `_rows_of` yields."""
+        return HeadSums(members, self._expert.get_parameter) if unit == self._head else TaskSums(members)
 
     def _run(self, observer: Observer, encoder: nn.Module, unit: Unit, step: Step, hidden: Tensor) -> Tensor | None:
         """Run one unit under a watch; None if the pass was ended early or the unit is no layer of a chain."""

@@ -1,8 +1,9 @@
-"""How much of a worker's memory a walk gives to the experts' answers. No torch here, so that a plan may ask."""
+"""What a walk keeps of the experts' answers, by sizes alone. No torch here, so that a plan may ask."""
 
 from __future__ import annotations
 
 _PART = 4
+_WIDE = 4
 
 
 def room_for_answers(limit: int) -> int:
@@ -12,3 +13,8 @@ def room_for_answers(limit: int) -> int:
     for a few passes more.
     """
     return limit // _PART
+
+
+def without_answers(inputs: int, outputs: int) -> bool:
+    """Say whether maps of one input behind the layers have so many outputs that their sums are made without answers."""
+    return outputs >= _WIDE * inputs

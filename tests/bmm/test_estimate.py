@@ -77,8 +77,9 @@ def test_the_walk_keeps_a_layer_of_every_row_where_the_expert_is(pico: Path, wor
     )
     assert few.disk_bytes == many.disk_bytes == MODEL + GRAM + SOLVED
     assert f"{min(workers, 3)} worker" in few.note
-    # Answers of six maps and three streams, of rows of ten tokens, in float32; three experts shared out.
-    grown = 4 * (4 * 8 + 32 + 8 + 3 * 8) * 10 * 2 * 10**5
+    # Answers of six maps, the streams that two of them go into, and three streams more, of rows of ten tokens, in
+    # float32; three experts shared out.
+    grown = 4 * (4 * 8 + 32 + 8 + 2 * 8 + 3 * 8) * 10 * 2 * 10**5
     assert many.memory_bytes - few.memory_bytes == grown * tasks * min(workers, 3)
     assert many.worker_bytes - few.worker_bytes == (grown * tasks if workers > 1 else 0)
 
@@ -122,8 +123,8 @@ def test_of_a_sample_of_tokens_fewer_answers_are_kept(pico: Path) -> None:
         stages(pico, experts=calibrated(pico, rows), cluster=cluster, grams={**grams, "tokens": tokens})
         for tokens in (None, 4, 11)
     )
-    # Of six maps' answers; states pass on whole. Rows have ten tokens.
-    saved = 4 * (4 * 8 + 32 + 8) * (10 - 4) * rows * 3
+    # Of six maps' answers, and of two streams; states pass on whole. Rows have ten tokens.
+    saved = 4 * (4 * 8 + 32 + 8 + 2 * 8) * (10 - 4) * rows * 3
     assert whole["search"].memory_bytes - few["search"].memory_bytes == saved
     assert more["search"] == whole["search"]
     assert "shards, 4 tokens of each sequence, 1 worker" in few["grams"].note
@@ -199,6 +200,25 @@ def test_eight_billion_parameters_are_streamed_through_small_workers_whatever_th
     whole = {stage.stage: stage for stage in estimated(roomy, _llama(32), 1024)}
     assert "layer by layer" not in whole["grams"].note
     assert whole["grams"].worker_bytes > 24e9
+
+
+def test_a_walk_of_eight_billion_parameters_fits_workers_of_one_expert_each(pico: Path) -> None:
+    (first, *_) = calibrated(pico, 256)
+    recipe = Recipe.from_mapping(
+        {
+            **Recipe.from_yaml(pico / "recipe.yaml").document(),
+            "experts": [{**first, "name": f"expert{index}"} for index in range(5)],
+            "regression": {"mode": "propagated", "lambda": 0.1},
+            "search": "none",
+            "cluster": {"workers": 5, "memory_limit": "24GB"},
+        },
+        folder=pico,
+    )
+    found = {stage.stage: stage for stage in estimate_stages(recipe, _llama(32), [128] * 5, [256] * 5)}
+    assert "a walk, 5 workers" in found["search"].note
+    assert worker_shortage(list(found.values()), recipe) is None
+    flat = {stage.stage: stage for stage in estimate_stages(recipe, _llama(4), [128] * 5, [256] * 5)}
+    assert found["search"].worker_bytes == flat["search"].worker_bytes
 
 
 def test_an_anchor_is_merged_a_tensor_at_a_time_however_many_layers_there_are(pico: Path) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import FAMILIES, MIXTURES, NOT_CHAINS, Batch, batches, encoder, hidden_states
+import transformers
+from architectures import CONFIGS, FAMILIES, MIXTURES, NOT_CHAINS, Batch, batches, encoder, hidden_states
 from torch import nn
 
 from bmm.errors import BMMError
 from bmm.modules.linear import LinearMap, discover
 from bmm.modules.tokens import Sample
-from bmm.regression.moments import Moments, total, trusted
+from bmm.regression.moments import Moments, TaskSums, total, trusted
 from bmm.regression.propagate import Walk
 
 # An expert of a mixture is another one wherever a token's two best experts are close: only the plain families can be
@@ -260,6 +261,52 @@ def test_answers_that_are_asked_for_again_are_the_same_to_the_last_byte(family: 
                 assert torch.equal(found[room][0][group].tensors()[name], tensor), (room, group, name)
         for name, tensor in found[None][1].items():
             assert torch.equal(found[room][1][name], tensor)
+
+
+def test_no_more_answers_are_kept_than_there_is_room_for() -> None:
+    experts = [encoder("bert", seed) for seed in (1, 2)]
+    rows = [batches("bert", seed, count=3) for seed in (3, 4)]
+    kept = {}
+    for room in (None, 0, 1, 120_000):
+        walk = walk_of(encoder("bert", 5), experts, rows, room=room)
+        unit = walk.units[0]
+        walk.moments(unit.name, next(iter(unit.groups)))
+        steps = [step for task in walk._tasks for step in task]
+        kept[room] = [step.nbytes for step in steps if step.asked]
+        assert not any(step.answers or step.totals for step in steps if not step.asked)
+    assert [len(sizes) for sizes in (kept[None], kept[0], kept[1])] == [6, 0, 1]
+    # One batch may go beyond it.
+    assert 1 < len(kept[120_000]) < 6
+    assert sum(kept[120_000][:-1]) < 120_000 <= sum(kept[120_000])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_output_head_is_walked_without_an_answer(family: str) -> None:
+    def language(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        config = CONFIGS[family]()
+        config.tie_word_embeddings, config.vocab_size = False, 70
+        return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    expert, rows = language(1), batches(family, 3, count=2)
+    merged = language(2)
+    walk = walk_of(merged, [expert], [rows])
+    head = walk.units[-1]
+    for unit in walk.units[:-1]:
+        for group, members in unit.groups.items():
+            walk.moments(unit.name, group)
+            for map_ in members:
+                walk.apply(map_.module, map_.matrix(merged.get_parameter))
+        walk.advance(unit.name)
+    ((found,),) = walk.moments(head.name, next(iter(head.groups)))
+    plain = TaskSums(head.maps)
+    for step, batch in zip(walk._tasks[0], rows, strict=True):
+        assert not step.asked
+        kept = batch["attention_mask"].bool()
+        read = language(2).base_model(**batch).last_hidden_state
+        plain.add(read[kept], {"lm_head": expert(**batch).logits[kept]})
+    for name, tensor in plain.moments().tensors().items():
+        torch.testing.assert_close(found.tensors()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(NOT_CHAINS))
