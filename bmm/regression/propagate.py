@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm.errors import BMMError
-from bmm.modules.chain import Batch, Call, calls, chained, entry, given, same_calls
+from bmm.modules.chain import Batch, given
 from bmm.modules.linear import LinearMap
 from bmm.modules.residence import Give, Resident
 from bmm.modules.tokens import Sample, Tokens
@@ -39,6 +39,7 @@ from bmm.modules.watch import Observer, Reached, Watch
 from bmm.regression.head_sums import HeadSums, output_head
 from bmm.regression.moments import Moments, TaskSums
 from bmm.regression.passes import Answers, Inputs, Step
+from bmm.regression.stack import Stack, find_stack
 
 SMALLEST_SCALE = 0.05
 """Where a layer scales a channel by less before adding it, the drift is not divided by it: noise would win."""
@@ -89,9 +90,8 @@ class Walk:
         self._head = output_head(self.units)
         self._by_module = {map_.module: map_ for map_ in maps}
         self._unit_of = {map_.module: unit for unit in self.units for map_ in unit.maps}
-        self._tuple_size = 0
-        self._must_run = False
-        self._layers = self._chain()
+        self._stack = self._find_stack()
+        self._layers = self._stack.layers
         self._of_merged.surround(prior)
         self._inside = False
         # The layer whose weights the merged model has, and the unit that the experts were asked about last.
@@ -179,41 +179,14 @@ class Walk:
             self._of_merged.bring(layer, self._prior)
             self._here = layer
 
-    def _chain(self) -> tuple[str, ...]:
-        """Return the layers if they are a chain; else every pass begins at the network's own beginning."""
-        layers = layers_of(self.units)
-        if not layers or not self._tasks or not self._tasks[0]:
-            return ()
-        residents = (self._of_merged, self._of_expert)
-        if all(resident.divide(layers) for resident in residents) and self._is_chain(layers):
-            return layers
-        for resident in residents:
-            resident.divide(())
-        return ()
-
-    def _is_chain(self, layers: tuple[str, ...]) -> bool:
+    def _find_stack(self) -> Stack:
+        if not self._tasks or not self._tasks[0]:
+            return Stack()
         batch = {name: tensor[:2] for name, tensor in self._tasks[0][0].batch.items()}
-        expert, merged = self._of_expert, self._of_merged
-        expert.surround(self._of(0))
-        with expert.passing(self._of(0)):
-            size = chained(self._expert, layers, batch)
-            if size is None:
-                return False
-            self._tuple_size = size
-            real, quick = calls(self._expert, layers, batch), entry(self._expert, layers, batch, size)
-            # Layers may hand something on to the next besides hidden states (T5's position bias).
-            self._must_run = not same_calls(real, quick)
-        # What else the merged model's layers are called with is taken once, so no map may have a say in it: with an
-        # expert's maps in place of its own it must be the same.
         solved = {name for map_ in self._by_module.values() for name in map_.parameters}
-
-        def mixed(name: str) -> Tensor:
-            return self._weight(0, name) if name in solved else self._prior(name)
-
-        expert.surround(mixed)
-        merged.surround(self._prior)
-        with expert.passing(mixed), merged.passing(self._prior):
-            return same_calls(*(calls(encoder, layers, batch) for encoder in (self._expert, self._merged)))
+        return find_stack(
+            layers_of(self.units), self._of_merged, self._of_expert, self._prior, self._of(0), solved, batch
+        )
 
     def _enter(self) -> None:
         """Find what reaches the first layer in the merged model and in the experts, once."""
@@ -223,19 +196,13 @@ class Walk:
         for task, steps in enumerate(self._tasks):
             self._of_expert.surround(self._of(task))
             for step in steps:
-                found = self._calls(self._of_expert, self._of(task), step.batch)
+                found = self._stack.enter(self._of_expert, self._of(task), step.batch)
                 step.expert = found[first].hidden
                 step.expert_calls = {name: call.forget() for name, call in found.items()}
-                found = self._calls(self._of_merged, self._prior, step.batch)
+                found = self._stack.enter(self._of_merged, self._prior, step.batch)
                 step.merged = found[first].hidden
                 step.merged_calls = {name: call.forget() for name, call in found.items()}
         self._inside = True
-
-    def _calls(self, resident: Resident, give: Give, batch: Batch) -> dict[str, Call]:
-        if not self._must_run:
-            return entry(resident.encoder, self._layers, batch, self._tuple_size)
-        with resident.passing(give):
-            return calls(resident.encoder, self._layers, batch)
 
     def _ask_experts(self, unit: Unit) -> None:
         """Let each expert run the unit on its own inputs; keep its answers, or the streams that they were added to.
@@ -346,7 +313,7 @@ class Walk:
                     return output
                 # What comes before the layers has not been entered yet, what comes after them needs their outcome.
                 skipped = self._layers if self._inside else ()
-                with given(encoder, skipped, hidden, self._tuple_size), watch:
+                with given(encoder, skipped, hidden, self._stack.tuple_size), watch:
                     encoder(**step.batch)
         except Reached:
             pass
