@@ -245,22 +245,22 @@ def test_an_expert_of_a_mixture_that_too_few_tokens_reach_keeps_the_anchor() -> 
     assert not torch.allclose(enough.posterior(enough.spectrum(""), "e.0", anchor).mean(0.1), anchor)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "dinov2", "llama", "mixtral", "openclip", "t5"])
 def test_answers_that_are_asked_for_again_are_the_same_to_the_last_byte(family: str) -> None:
     experts = [encoder(family, seed) for seed in (1, 2)]
-    rows = [batches(family, seed, count=3) for seed in (3, 4)]
-    found: dict[int | None, tuple[dict[str, Moments], dict[str, torch.Tensor]]] = {}
-    for room in (None, 0, 5000):
+    rows = [batches(family, seed, count=2) for seed in (3, 4)]
+    found: list[tuple[dict[str, Moments], dict[str, nn.Parameter]]] = []
+    for room in (None, 0):
         anchor = encoder(family, 5)
         merged = copy.deepcopy(anchor)
         walk = walk_of(merged, experts, rows, room=room)
-        found[room] = run(walk, merged, anchor, 0.1), dict(merged.named_parameters())
-    for room in (0, 5000):
-        for group, moments in found[None][0].items():
-            for name, tensor in moments.tensors().items():
-                assert torch.equal(found[room][0][group].tensors()[name], tensor), (room, group, name)
-        for name, tensor in found[None][1].items():
-            assert torch.equal(found[room][1][name], tensor)
+        found.append((run(walk, merged, anchor, 0.1), dict(merged.named_parameters())))
+    (kept, weights), (again, others) = found
+    for group, moments in kept.items():
+        for name, tensor in moments.tensors().items():
+            assert torch.equal(again[group].tensors()[name], tensor), (group, name)
+    for name, tensor in weights.items():
+        assert torch.equal(others[name], tensor), name
 
 
 def test_no_more_answers_are_kept_than_there_is_room_for() -> None:
