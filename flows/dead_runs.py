@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterState
@@ -25,6 +24,7 @@ from prefect.states import Crashed
 from bmm.disk import explained
 from bmm.errors import OutputError
 from bmm.store import Store
+from bmm.stores.locks import locked_file
 
 _FLOWS = ["nightly", "merge", "merge-on-demand", "grams", "store-prune"]
 
@@ -45,15 +45,13 @@ def running(store: Store) -> Iterator[str]:
 @contextmanager
 def alive(store: Store, run: str) -> Iterator[None]:
     """Hold a flow run's lock for the length of the block."""
-    lock = FileLock(_path(store, run))
-    with suppress(OutputError), explained(store.root):
-        _path(store, run).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    try:
+    path = _path(store, run)
+    with ExitStack() as stack:
+        with suppress(OutputError), explained(store.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_file(path, wait=False))
+            stack.callback(path.unlink, missing_ok=True)
         yield
-    finally:
-        lock.release()
-        _path(store, run).unlink(missing_ok=True)
 
 
 def end_dead_runs(store: Store) -> list[str]:
@@ -81,11 +79,8 @@ def end_dead_runs(store: Store) -> list[str]:
 def _is_dead(store: Store, run: FlowRun) -> bool:
     path = _path(store, str(run.id))
     if path.exists():
-        try:
-            with FileLock(path, timeout=0):
-                return True
-        except Timeout:
-            return False
+        with locked_file(path, wait=False) as free:
+            return free
     host, _, number = (run.infrastructure_pid or "").rpartition(":")
     return host == socket.gethostname() and number.isdigit() and not psutil.pid_exists(int(number))
 

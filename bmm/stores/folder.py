@@ -7,21 +7,21 @@ to the last byte, once for each state of a file.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from bmm.digest import digest_file
 from bmm.disk import explained, sync
 from bmm.errors import ArtefactDamagedError
 from bmm.store import Artefact, Draft, Entry, Reference
+from bmm.stores.locks import locked_file
 from bmm.stores.manifest import MANIFEST, files_of, made_at, manifest_text, read_manifest, unchecked
 
 _SETTLED_SECONDS = 60.0
@@ -163,28 +163,24 @@ class Folder:
         Raises:
             OutputError: the disk refuses.
         """
-        with explained(self.root):
-            self._make_folder(self.root / "locks")
-            lock = self._lock(kind, key)
-            lock.acquire()
-        try:
+        with ExitStack() as stack:
+            with explained(self.root):
+                self._make_folder(self.root / "locks")
+                stack.enter_context(locked_file(self._lock(kind, key)))
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def locked_if_free(self, kind: str, key: str) -> Iterator[bool]:
-        """Hold a key's lock unless somebody else does; yields whether it is held."""
-        lock = self._lock(kind, key)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        """Hold a key's lock unless somebody else does; yields whether it is held.
+
+        Raises:
+            FileNotFoundError: there is no such store; it is not made for a lock.
+        """
+        if self._cache:
+            self._make_folder(self.root)
+        (self.root / "locks").mkdir(exist_ok=True)
+        with locked_file(self._lock(kind, key), wait=False) as held:
+            yield held
 
     def living(self, kind: str) -> list[str]:
         """Return the keys of one kind whose locks somebody holds, and forget the locks of the dead."""
@@ -234,7 +230,7 @@ class Folder:
                 if file.stat().st_mtime < before:
                     with self.locked_if_free(kind, key) as free:
                         if free:
-                            # Whoever waits for it sees that the file is gone, and makes another (filelock does).
+                            # Whoever waits for it sees that the file is gone, and makes another (`locked_file` does).
                             file.unlink()
         return removed
 
@@ -242,7 +238,10 @@ class Folder:
         """Make a folder of the store, and the store with the first one."""
         if not self._seen or self._cache:
             self.root.mkdir(parents=True, exist_ok=True)
-        # A store that has been read from and is away now, its disk unmounted say, must not be made anew in its place.
+        # A store that has been read from and is away now, its disk unmounted say, must not be made anew in its place,
+        # nor be taken for there because something made the folder of a file that it wrote.
+        if self._seen and not self._cache and not (self.root / "artefacts").is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the store is not there any more", str(self.root))
         for part in reversed([folder, *folder.parents[: len(folder.relative_to(self.root).parts) - 1]]):
             part.mkdir(exist_ok=True)
 
@@ -251,8 +250,8 @@ class Folder:
         for left in (self.root / "drafts").glob(f"{kind}-{key}-*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _lock(self, kind: str, key: str) -> FileLock:
-        return FileLock(self.root / "locks" / f"{kind}-{key}.lock")
+    def _lock(self, kind: str, key: str) -> Path:
+        return self.root / "locks" / f"{kind}-{key}.lock"
 
 
 def _mark(path: Path) -> tuple[int, int, int]:
