@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from bmm.search.settings import ALL_TASKS, Searcher, SearchSettings
 from bmm.search.trial import Trial, best_of
 
-PROPOSALS = 2
+PROPOSALS = 3
 """Version of Bayesian proposals (`bmm.search.propose`): with another one their studies begin anew."""
 RACES = 2
 """Version of races (`Plan.rival_of`) where tasks have floors: with another one such studies begin anew."""

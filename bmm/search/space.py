@@ -225,6 +225,26 @@ class Space:
         lines = [self.plain(_significant(10.0 ** exponents[place])) for place in _coarse_to_fine(count)]
         return [settings for settings in lines if settings is not None]
 
+    def across(self, settings: Mapping[str, Setting]) -> list[dict[str, Setting]]:
+        """Return `settings` with γ, the anchor's scale or ρ, if searched, at an end of its range in all groups at once.
+
+        One hyperparameter after the other, its upper end first; an end at which `settings` already stand is left out.
+
+        Args:
+            settings: within the bounds.
+
+        Raises:
+            BMMError: they are not.
+        """
+        point = self.encode(settings)
+        found = []
+        for key in ("gamma", "anchor_scale", "rho"):
+            for end in (1.0, 0.0):
+                moved = [end if axis.key == key else place for axis, place in zip(self.axes, point, strict=True)]
+                if (there := self.decode(moved)) != settings:
+                    found.append(there)
+        return found
+
     def _ends(self, group: str, key: Hyperparameter) -> Ends | None:
         own = self.own.get(group, {}).get(key)
         if own is not None:

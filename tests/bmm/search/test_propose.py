@@ -29,6 +29,8 @@ SPACE = Space(("attention", "mlp"), (-4.0, 2.0), (0.5, 1.5))
 
 
 PLAN = Plan(trials=40, seed=0)
+DESIGNED = 1 + LINE_POINTS + 2
+"""The anchor, the line of λ, and γ at both ends."""
 
 
 def proposed(space: Space, history: list[Trial], plan: Plan, index: int) -> tuple[Origin, Point]:
@@ -54,8 +56,9 @@ def a_history(space: Space = SPACE, count: int = 14, seed: int = 0) -> list[Tria
     """The initial design, the Sobol points and some Bayesian ones, best near the cube's centre."""
     draw = random.Random(seed)
     points = [(origin, point) for origin, point, _ in initial_design(space, PLAN)]
+    points += [("global", space.encode(ends)) for ends in space.across(space.decode(points[1][1]))]
     while len(points) < count:
-        origin: Origin = "sobol" if len(points) < 8 + local_sobol_points(space) else "bayesian"
+        origin: Origin = "sobol" if len(points) < DESIGNED + local_sobol_points(space) else "bayesian"
         points.append((origin, tuple(draw.random() for _ in range(space.dimensions))))
     return [
         a_trial(space, index, origin, point, -sum((value - 0.5) ** 2 for value in point))
@@ -89,11 +92,40 @@ def test_rivals_start_from_the_anchor_and_the_walk_alone(searcher: Searcher) -> 
     assert [origin for origin, _, _ in design] == ["anchor", "global"]
 
 
+def test_gamma_goes_to_its_ends_in_all_groups_at_the_best_of_the_line() -> None:
+    history = [
+        a_trial(SPACE, index, origin, point, -abs(index - 5))
+        for index, (origin, point, _) in enumerate(initial_design(SPACE, PLAN))
+    ]
+    best = history[5].settings
+    for gamma in (1.5, 0.5):
+        origin, point = proposed(SPACE, history, PLAN, len(history))
+        assert origin == "global"
+        assert SPACE.decode(point) == {group: replace(setting, gamma=gamma) for group, setting in best.items()}
+        # What is found there does not move the other end.
+        history.append(a_trial(SPACE, len(history), origin, point, 1.0))
+    assert proposed(SPACE, history, PLAN, len(history))[0] == "sobol"
+
+
+def test_without_a_line_nothing_lies_across_it() -> None:
+    failed = [
+        a_trial(SPACE, index, origin, point, None if index else 0.0)
+        for index, (origin, point, _) in enumerate(initial_design(SPACE, PLAN))
+    ]
+    assert proposed(SPACE, failed, PLAN, len(failed))[0] == "sobol"
+    fixed = Space(("attention", "mlp"), (-4.0, 2.0), (1.0, 1.0))
+    history = [
+        a_trial(fixed, index, origin, point, float(index))
+        for index, (origin, point, _) in enumerate(initial_design(fixed, PLAN))
+    ]
+    assert proposed(fixed, history, PLAN, len(history))[0] == "sobol"
+
+
 def test_sobol_points_lie_in_the_box_around_the_best() -> None:
-    history = a_history(count=8)
+    history = a_history(count=DESIGNED)
     region = trust_region(history)
     seen = set()
-    for index in range(8, 8 + local_sobol_points(SPACE)):
+    for index in range(DESIGNED, DESIGNED + local_sobol_points(SPACE)):
         origin, point = proposed(SPACE, history, PLAN, index)
         assert origin == "sobol"
         assert all(low <= value <= high for low, value, high in zip(region.lower, point, region.upper, strict=True))
@@ -125,8 +157,9 @@ def test_a_proposal_depends_on_the_logged_history_alone(noise: float | None) -> 
 
 
 def test_seed_and_index_tell_draws_apart() -> None:
-    history = a_history(count=8)
-    assert proposed(SPACE, history, PLAN, 8) != proposed(SPACE, history, replace(PLAN, seed=1), 8)
+    history = a_history(count=DESIGNED)
+    one, other = (proposed(SPACE, history, replace(PLAN, seed=seed), DESIGNED) for seed in (0, 1))
+    assert one != other
     seeds = {trial_seed(seed, index) for seed in range(5) for index in range(5)}
     assert len(seeds) == 25
     assert all(0 <= seed < 2**31 for seed in seeds)

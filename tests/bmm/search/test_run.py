@@ -74,7 +74,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_the_trials_come_in_their_order(uninterrupted: Study) -> None:
     origins = [trial.origin for trial in uninterrupted.trials]
-    assert origins == ["anchor"] + ["global"] * 7 + ["sobol"] * 3 + ["bayesian"] * 5
+    assert origins == ["anchor"] + ["global"] * 9 + ["sobol"] * 3 + ["bayesian"] * 3
     assert uninterrupted.trials[0].settings == SPACE.anchor()
     for trial in uninterrupted.trials:
         assert trial.settings == SPACE.decode(trial.point)
@@ -131,8 +131,8 @@ def test_another_seed_makes_other_trials(tmp_path: Path, uninterrupted: Study) -
     planned(measure, study, TRIALS, 1)
     settings = [trial.settings for trial in study.trials]
     same = [trial.settings for trial in uninterrupted.trials]
-    assert settings[:8] == same[:8]
-    assert all(one != other for one, other in zip(settings[8:], same[8:], strict=True))
+    assert settings[:10] == same[:10]
+    assert all(one != other for one, other in zip(settings[10:], same[10:], strict=True))
     with pytest.raises(BMMError, match="another seed"):
         planned(measure, study, TRIALS)
 

@@ -93,6 +93,21 @@ def test_the_global_line_is_evenly_spaced_inside_the_bounds() -> None:
     assert {setting.gamma for setting in first} == {1.0}
 
 
+def test_what_lies_across_moves_one_hyperparameter_of_all_groups() -> None:
+    space = Space(("mlp", "attention"), (-4.0, 2.0), (0.9, 1.1), (0.8, 1.2), own={"mlp": {"gamma": (1.0, 1.05)}})
+    settings = dict.fromkeys(space.groups, Setting(0.1, 1.0))
+    across = space.across(settings)
+    assert [[(there[group].gamma, there[group].anchor_scale) for group in space.groups] for there in across] == [
+        [(1.05, 1.0), (1.1, 1.0)],
+        [(1.0, 1.0), (0.9, 1.0)],
+        [(1.0, 1.2), (1.0, 1.2)],
+        [(1.0, 0.8), (1.0, 0.8)],
+    ]
+    assert {setting.lam for there in across for setting in there.values()} == {0.1}
+    # Where it stands already it does not go.
+    assert across[0] not in space.across(across[0])
+
+
 @pytest.mark.parametrize("point", [(0.5,), (0.5,) * 5, (0.5, 0.5, 0.5, 1.1), (0.5, -0.1, 0.5, 0.5), (math.nan,) * 4])
 def test_decode_refuses_what_is_not_in_the_cube(point: tuple[float, ...]) -> None:
     with pytest.raises(BMMError, match="4 coordinates"):
