@@ -1,15 +1,9 @@
-"""Trials side by side: the same study whoever is quick, no worker idle for one straggler, nothing lost to a kill.
-
-Run as a script, `test_parallel.py LOG SECONDS PARALLEL`, this file is the search that gets killed.
-"""
+"""Trials side by side: the same study whoever is quick, no worker idle for one straggler, nothing lost to a kill."""
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killable import begun, ended
 
 from bmm.errors import DataError
 from bmm.search.outcome import Outcome
@@ -127,23 +122,24 @@ def test_a_search_killed_many_times_ends_like_an_uninterrupted_one(
     draw = random.Random(parallel)
     kills = 0
     while kills < most:
-        process = subprocess.Popen([sys.executable, __file__, str(log), "0.15", str(parallel), str(trials)])
+        process = begun(_killed, log, 0.15, parallel, trials)
         try:
             # Somewhere in the search: what imports take does not count.
-            while not log.exists() and process.poll() is None:
+            while not log.exists() and process.is_alive():
                 time.sleep(0.02)
             size = log.stat().st_size
             deadline = time.monotonic() + 60
-            while log.stat().st_size <= size and process.poll() is None and time.monotonic() < deadline:
+            while log.stat().st_size <= size and process.is_alive() and time.monotonic() < deadline:
                 time.sleep(0.005)
             time.sleep(draw.random() * 0.15)
-            if process.poll() is not None:
+            if not process.is_alive():
                 break
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
             kills += 1
         finally:
-            process.kill()
-            process.wait()
+            ended(process)
     assert kills >= most // 2
     asked = Slow([0.0])
     found = search(SPACE, asked, Study.open(log, {}), plan)
@@ -154,10 +150,5 @@ def test_a_search_killed_many_times_ends_like_an_uninterrupted_one(
     assert asked.begun <= trials - kills + parallel * kills
 
 
-def _killed(log: str, seconds: str, parallel: str, trials: str) -> None:
-    plan = Plan(trials=int(trials), seed=0, parallel=int(parallel))
-    search(SPACE, Slow([float(seconds)]), Study.open(log, {}), plan)
-
-
-if __name__ == "__main__":
-    _killed(*sys.argv[1:])
+def _killed(log: Path, seconds: float, parallel: int, trials: int) -> None:
+    search(SPACE, Slow([seconds]), Study.open(log, {}), Plan(trials=trials, seed=0, parallel=parallel))

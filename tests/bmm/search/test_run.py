@@ -1,13 +1,8 @@
-"""The loop: resumes to the same study, never below the anchor, better than its first design.
-
-Run as a script, `test_run.py LOG MARKER K`, this file is the search that gets killed: after K evaluations
-the process stops for good within the next one and says so in MARKER.
-"""
+"""The loop: resumes to the same study, never below the anchor, better than its first design."""
 
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killable import begun, ended
 
 from bmm.errors import ArtefactDamagedError, BMMError, ClusterError, DataError, KilledWorkersError, StoreAwayError
 from bmm.progress import reporting
@@ -86,18 +82,16 @@ def test_the_trials_come_in_their_order(uninterrupted: Study) -> None:
 
 def killed_search(log: Path, marker: Path, evaluation: int) -> None:
     """Search in a process of its own until evaluation number `evaluation`, and SIGKILL it there."""
-    process = subprocess.Popen([sys.executable, __file__, str(log), str(marker), str(evaluation)])
+    process = begun(_stuck_search, log, marker, evaluation)
     try:
         deadline = time.monotonic() + 240
-        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert process.poll() is None
+        assert process.is_alive()
         assert marker.exists()
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
     finally:
-        process.kill()
-        process.wait()
+        ended(process)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_search_killed_twice_ends_like_an_uninterrupted_one(tmp_path: Path, uninterrupted: Study) -> None:
@@ -325,20 +319,17 @@ def test_importing_the_search_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def _stuck_search(log: str, marker: str, evaluation: str) -> None:
+def _stuck_search(log: Path, marker: Path, evaluation: int) -> None:
+    """Search for good, and after so many evaluations stop within the next one and say so in `marker`."""
     count = 0
 
     def stuck(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
         nonlocal count
-        if count == int(evaluation):
-            Path(marker).touch()
+        if count == evaluation:
+            marker.touch()
             while True:
                 time.sleep(60)
         count += 1
         return measure(settings)
 
     planned(stuck, Study.open(log, IDENTITY), TRIALS)
-
-
-if __name__ == "__main__":
-    _stuck_search(*sys.argv[1:])
