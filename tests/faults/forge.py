@@ -80,7 +80,12 @@ class Forge:
 
 def supervise(address: str, count: int) -> None:
     """Keep `count` workers alive until this process is killed."""
-    import bmm.grams.shards  # noqa: F401 - what the forks shall have
+    # What the forks shall have: these take longer than a shard does.
+    import sklearn.metrics  # noqa: F401
+    import transformers.models.bert.modeling_bert
+    import transformers.models.bert.tokenization_bert  # noqa: F401
+
+    import bmm.grams.shards  # noqa: F401
 
     running: set[int] = set()
     while True:
