@@ -50,21 +50,21 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_larger_budget_carries_on_and_ends_as_one_go_would(
     merged: Path, edit_recipe: Edit, in_process: None, evaluations: list[Any]
 ) -> None:
-    edit_recipe(merged, search={"per": "model", "trials": 12, "racing": False})
+    edit_recipe(merged, search={"per": "model", "trials": 14, "racing": False})
     whole, weights = searched(merged)
-    assert len(evaluations) == len(whole["trials"]) == 12
-    for trials in (4, 9, 12):
+    assert len(evaluations) == len(whole["trials"]) == 14
+    for trials in (4, 9, 14):
         # A store that has seen none of this.
         edit_recipe(merged, search={"per": "model", "trials": trials, "racing": False, "seed": 5})
         grown, _ = searched(merged)
-    assert len(evaluations) == 24
-    assert len(grown["trials"]) == 12
+    assert len(evaluations) == 28
+    assert len(grown["trials"]) == 14
     edit_recipe(merged, search={"per": "model", "trials": 7, "racing": False, "seed": 5})
     shorter, _ = searched(merged)
-    assert len(evaluations) == 24
+    assert len(evaluations) == 28
     assert shorter["trials"] == grown["trials"][:7]
     other = Store.open(merged / "other")
-    recipe = Recipe.from_yaml(edit_recipe(merged, search={"per": "model", "trials": 12, "racing": False, "seed": 5}))
+    recipe = Recipe.from_yaml(edit_recipe(merged, search={"per": "model", "trials": 14, "racing": False, "seed": 5}))
     results = run_stages(recipe, fingerprint_inputs(recipe), other, perform_here, UPTO_SEARCH)
     assert other.read(results["search"].reference("search")).read_json("search.json") == grown
     assert weights
@@ -164,7 +164,7 @@ def test_the_blend_and_task_weights_are_searched_over_hybrid_grams(
         regression=MODULE_WISE,
         search={
             "per": "type",
-            "trials": 12,
+            "trials": 18,
             "rho": [0, 1],
             "task_weights": [0.5, 2],
             "tied": ["rho", "task_weights"],
@@ -197,7 +197,7 @@ def test_a_group_that_is_not_there_is_named(merged: Path, edit_recipe: Edit, in_
 
 def test_floors_and_the_worst_task(merged: Path, edit_recipe: Edit, in_process: None) -> None:
     edit_recipe(
-        merged, search={"per": "model", "trials": 11, "floors": {"all": 0.5, "task1": 0.6}, "also": "worst-task"}
+        merged, search={"per": "model", "trials": 13, "floors": {"all": 0.5, "task1": 0.6}, "also": "worst-task"}
     )
     found, _ = searched(merged)
     assert found["floors"] == {"task0": 0.5, "task1": 0.6, "task2": 0.5}
@@ -238,7 +238,7 @@ def test_workers_find_what_this_process_would(
 ) -> None:
     edit_recipe(
         merged,
-        search={"per": "model", "trials": 11, "parallel": 2, "objective": "nll"},
+        search={"per": "model", "trials": 13, "parallel": 2, "objective": "nll"},
         cluster={"scheduler": dask_scheduler},
     )
     there, weights = searched(merged)
