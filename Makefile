@@ -24,9 +24,10 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(VENV)/bin/bmm demo $(DEMO)
 
-# Two processes of one thread each: two threads in each of them would be in each other's way on two cores.
+# Two processes of one thread each: two threads in each of them would be in each other's way on two cores. They take the
+# files in the order of tests/conftest.py.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Four nights with a Prefect server, a worker and an MLflow server, on real experts; or NIGHTS=pico, on tiny ones.
 nights: $(STAMP)
