@@ -1,21 +1,20 @@
-"""Starting or reaching Dask workers, and reaching them again.
+"""Reaching Dask workers, and reaching them again: those of a scheduler that is running, or of one started here.
 
-Local processes are started here, as is the client of a scheduler that is running already; Slurm and Kubernetes have
-modules of their own. What is asked of the workers is `bmm.cluster.run`.
+How workers are started is in `bmm.cluster.local`, `bmm.cluster.slurm` and `bmm.cluster.kubernetes`; what is asked of
+them is `bmm.cluster.run`.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
-from multiprocessing import active_children
 from typing import Any
 
-from distributed import Client, LocalCluster
+from distributed import Client
 
+from bmm.cluster.local import local_cluster
 from bmm.cluster.settings import ClusterSettings
 from bmm.errors import ClusterError, RecipeError
 from bmm.progress import tell
@@ -172,44 +171,7 @@ def _started(settings: ClusterSettings) -> AbstractContextManager[tuple[Any, flo
         from bmm.cluster.kubernetes import kubernetes_cluster
 
         return kubernetes_cluster(settings.kubernetes, settings.workers, settings.memory_limit)
-    return _processes(settings)
-
-
-@contextmanager
-def _processes(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, float]]:
-    try:
-        cluster = LocalCluster(
-            n_workers=settings.workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=settings.memory_limit.replace(" ", ""),
-            host="127.0.0.1",
-            # None would still take Dask's usual port, and complain where another merge has it.
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        )
-    except (OSError, RuntimeError) as error:
-        raise ClusterError(f"the local Dask workers did not start: {error}") from error
-    try:
-        yield cluster, settings.retry_seconds
-    finally:
-        _end(cluster)
-
-
-def _end(cluster: LocalCluster) -> None:
-    """Close a cluster of local processes, whatever state they are in."""
-    try:
-        cluster.close()
-    except (AssertionError, OSError, RuntimeError):
-        # A nanny that is just starting a worker anew cannot wait for it (distributed 2026.8: "can only join a started
-        # process"), or one takes long to end, and closing is given up. What the block raised must not be lost for that,
-        # nor a process stay behind.
-        for nanny in cluster.workers.values():
-            nanny.close_gracefully(reason="the merge is over")
-        for child in active_children():
-            if child.name.startswith("Dask Worker process"):
-                child.kill()
-                child.join()
+    return local_cluster(settings)
 
 
 def _has_dashboard(client: Client) -> bool:

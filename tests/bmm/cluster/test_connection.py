@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-from multiprocessing import active_children
 from typing import Any
 
 import pytest
@@ -85,32 +83,6 @@ def test_the_dashboard_is_shown_where_there_is_one(monkeypatch: pytest.MonkeyPat
             assert cluster.count() == 1
             assert heard.told == [f"Dask's dashboard: {local.dashboard_link}"]
             assert local.dashboard_link.startswith("http://127.0.0.1:")
-
-
-@pytest.mark.slow
-def test_a_cluster_that_fails_to_close_hides_no_error_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    import distributed
-
-    class Stuck(distributed.LocalCluster):
-        """What distributed does where a nanny is starting its worker at the moment of closing."""
-
-        asked = 0
-
-        def close(self, *arguments: Any, **keywords: Any) -> Any:
-            type(self).asked += 1
-            if self.asked == 1:
-                raise AssertionError("can only join a started process")
-            return super().close(*arguments, **keywords)
-
-    monkeypatch.setattr(connection, "LocalCluster", Stuck)
-    cluster = workers(ClusterSettings(workers=1))
-    assert cluster.__enter__().count() == 1
-    error = ClusterError("what went wrong")
-    # Not swallowed, and not replaced by the close that fails.
-    assert cluster.__exit__(type(error), error, None) is False
-    assert Stuck.asked == 1
-    time.sleep(1.0)
-    assert not [child for child in active_children() if child.name.startswith("Dask Worker process")]
 
 
 def test_a_client_that_was_closed_is_a_scheduler_that_is_away() -> None:
