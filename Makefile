@@ -18,9 +18,8 @@ install: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	@echo "installing into $(VENV): a few minutes and 2.5 GB the first time"
 	$(PYTHON) -m venv $(VENV)
+	@# Python compiles what it imports; pip would compile all 33,000 files, on one core.
 	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,peers,lm-eval,cluster,infra]'
-	@# On all cores; pip compiles on one. Some packages carry files that are meant not to compile.
-	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: $(STAMP)
