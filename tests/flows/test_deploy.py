@@ -112,8 +112,8 @@ def test_a_deployed_night_is_scheduled_and_run(pico: Path, tmp_path: Path) -> No
         started = psutil.Process(at.process.pid).children(recursive=True)
         assert len(started) >= 2
         at.process.send_signal(signal.SIGINT)
-        assert at.process.wait(60) == 0, at.log.read_text()
-        assert psutil.wait_procs(started, timeout=30)[1] == []
+        assert at.process.wait(180) == 0, at.log.read_text()
+        assert psutil.wait_procs(started, timeout=60)[1] == []
 
 
 def test_without_a_server_there_is_nothing_to_deploy_to(pico: Path, bmm_process: Command) -> None:
