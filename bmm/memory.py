@@ -16,6 +16,15 @@ MANY = 32 * 2**20
 """Bytes that are worth the way: looking through all free pieces takes a process with many of them milliseconds."""
 
 
+WORKER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20)}
+"""What a worker's process is started with, for glibc: pieces below 32 MiB are taken from what was freed before.
+
+Dask's own setting (a trim threshold of 64 KiB, which also fixes the other one at 128 KiB) has the kernel clear new
+pages for every tensor of every layer: a Gram shard of a 6-layer, 384-wide encoder took 2.5 s instead of 1.5, a third of
+them in the kernel. What a worker keeps in return is at most the trim threshold.
+"""
+
+
 class _Freed:
     """What was freed since memory was last given back; about right is enough, whatever the thread."""
 

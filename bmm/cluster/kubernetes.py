@@ -13,6 +13,7 @@ from typing import Any
 from bmm.cluster.extra import required
 from bmm.cluster.settings import KubernetesSettings
 from bmm.errors import ClusterError
+from bmm.memory import WORKER_ENVIRONMENT
 from bmm.sizes import parse_bytes
 
 
@@ -62,7 +63,7 @@ def cluster_spec(settings: KubernetesSettings, workers: int, memory_limit: str, 
         image=settings.image,
         n_workers=workers,
         resources={"requests": limits, "limits": limits},
-        env=[{"name": key, "value": value} for key, value in settings.environment.items()],
+        env=[{"name": key, "value": value} for key, value in {**WORKER_ENVIRONMENT, **settings.environment}.items()],
         worker_command=["dask", "worker", "--nthreads", "1", "--memory-limit", memory],
     )
     # The scheduler neither computes nor reads the store.

@@ -21,6 +21,7 @@ from distributed.utils import get_mp_context
 
 from bmm.cluster.settings import ClusterSettings
 from bmm.errors import ClusterError
+from bmm.memory import WORKER_ENVIRONMENT
 
 _IMPORTED = ("torch", "transformers.modeling_utils", "bmm.prediction")
 
@@ -34,7 +35,12 @@ def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, flo
     Raises:
         ClusterError: the workers do not start.
     """
-    with dask.config.set({"distributed.worker.multiprocessing-method": _method()}):
+    started = {**dask.config.get("distributed.nanny.pre-spawn-environ"), **WORKER_ENVIRONMENT}
+    changes = {
+        "distributed.worker.multiprocessing-method": _method(),
+        "distributed.nanny.pre-spawn-environ": started,
+    }
+    with dask.config.set(changes):
         _import_once()
         try:
             cluster = LocalCluster(

@@ -13,6 +13,7 @@ from distributed import Status
 from bmm.cluster.extra import required
 from bmm.cluster.settings import SlurmSettings
 from bmm.errors import ClusterError, RecipeError
+from bmm.memory import WORKER_ENVIRONMENT
 
 _LOOK_SECONDS = 5
 
@@ -80,7 +81,10 @@ def job_options(settings: SlurmSettings, memory_limit: str) -> dict[str, Any]:
         "walltime": settings.walltime,
         "interface": settings.interface,
         "job_extra_directives": [*gpu, *settings.directives],
-        "job_script_prologue": list(settings.prologue),
+        "job_script_prologue": [
+            *(f"export {name}={value}" for name, value in WORKER_ENVIRONMENT.items()),
+            *settings.prologue,
+        ],
         "python": settings.python,
         "log_directory": settings.logs,
         "job_name": "bmm-worker",

@@ -35,8 +35,8 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
     """Run one expert's shards on one warm worker and on two, by turns."""
     from contextlib import ExitStack
 
-    from distributed import Client, LocalCluster
-
+    from bmm.cluster.connection import workers
+    from bmm.cluster.settings import ClusterSettings
     from bmm.grams.shards import compute_shard
     from bmm.pipeline import perform_here, run_stages
     from bmm.recipe import Recipe
@@ -64,12 +64,11 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
             store.discard("gram-shard", shard.key())
         client.gather(client.map(compute_shard, requests, pure=False))
 
-    def started(count: int) -> Any:
-        said = {"n_workers": count, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
-        return stack.enter_context(Client(stack.enter_context(LocalCluster(**said, silence_logs=50))))
-
     with ExitStack() as stack:
-        clients = {str(count): started(count) for count in (1, 2)}
+        clusters = {count: stack.enter_context(workers(ClusterSettings(workers=count))) for count in (1, 2)}
+        for count, cluster in clusters.items():
+            cluster.client.wait_for_workers(count)
+        clients = {str(count): cluster.client for count, cluster in clusters.items()}
         for client in clients.values():
             # Imports and the expert's weights are in place when the clock starts.
             shards(client)
@@ -81,7 +80,10 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
 
 
 def _changed(place: Path, recipe: Path) -> dict[str, Any]:
-    """Run the Gram stage in full, with one expert changed, and with nothing changed."""
+    """Run the Gram stage in full, with one expert changed, and with nothing changed.
+
+    What workers are forked from has done its imports before (`_workers`), each time.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 

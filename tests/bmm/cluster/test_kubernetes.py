@@ -11,6 +11,7 @@ from bmm.cluster.connection import workers
 from bmm.cluster.kubernetes import cluster_spec
 from bmm.cluster.settings import ClusterSettings, KubernetesSettings
 from bmm.errors import ClusterError, RecipeError
+from bmm.memory import WORKER_ENVIRONMENT
 
 FULL = KubernetesSettings(
     image="registry.example/bmm:1",
@@ -61,7 +62,8 @@ def test_a_pod_is_one_worker_of_one_thread_with_what_the_recipe_gives_it() -> No
     limits = {"cpu": "1", "memory": str(8 * 2**30), "nvidia.com/gpu": "1"}
     assert worker["resources"] == {"requests": limits, "limits": limits}
     assert worker["args"][:6] == ["dask", "worker", "--nthreads", "1", "--memory-limit", str(8 * 2**30)]
-    assert worker["env"] == [{"name": "BMM_ALLOWED_FOLDERS", "value": "/data"}]
+    environment = {entry["name"]: entry["value"] for entry in worker["env"]}
+    assert environment == {**WORKER_ENVIRONMENT, "BMM_ALLOWED_FOLDERS": "/data"}
     assert worker["envFrom"] == [{"secretRef": {"name": "object-store"}}]
     places = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
     assert {mount["mountPath"]: places[mount["name"]] for mount in worker["volumeMounts"]} == FULL.claims

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
 import os
+import resource
+import subprocess
 import sys
 import time
+from functools import cache
 from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,26 +23,38 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-def test_workers_are_forked_from_one_process_that_lives_on() -> None:
-    parents, imported = set(), []
-    for _ in range(2):
-        with workers(ClusterSettings(workers=2)) as cluster:
-            parents |= set(cluster.client.run(os.getppid).values())
-            imported += cluster.client.run(_has_imported, "transformers.modeling_utils").values()
-    (parent,) = parents
-    assert parent != os.getpid()
-    assert psutil.Process(parent).ppid() == os.getpid()
-    assert imported == [True] * 4
+def test_workers_are_forked_from_one_process_that_has_imported_what_they_need() -> None:
+    here = told_by_workers()
+    ((parent, grandparent),) = {tuple(worker["ancestors"]) for worker in here["first"] + here["second"]}
+    assert grandparent == here["process"] != parent
+    assert all(worker["imported"] for worker in here["first"] + here["second"])
 
 
-def test_workers_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    for told in ("first", "second"):
-        monkeypatch.setenv("BMM_TEST_OF_WORKERS", told)
-        with workers(ClusterSettings(workers=1)) as cluster:
-            assert set(cluster.client.run(os.getenv, "BMM_TEST_OF_WORKERS").values()) == {told}
-            # One thread each, which the sums of floating-point numbers depend on.
-            assert set(cluster.client.run(os.getenv, "OMP_NUM_THREADS").values()) == {"1"}
-            assert set(cluster.client.run(_threads).values()) == {1}
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_workers_take_the_memory_of_a_layer_for_the_next_one() -> None:
+    # Of new memory each of the 50 tensors has 1,024 pages.
+    assert told_by_workers()["second"][0]["faults"] < 1024
+
+
+def test_workers_have_the_environment_of_now_and_one_thread() -> None:
+    here = told_by_workers()
+    assert {worker["told"] for worker in here["first"]} == {"first"}
+    assert {worker["told"] for worker in here["second"]} == {"second"}
+    # The sums of floating-point numbers depend on it.
+    assert {worker["threads"] for worker in here["first"] + here["second"]} == {1}
+
+
+@cache
+def told_by_workers() -> dict[str, Any]:
+    """What workers of two clusters, one after the other, say of themselves: in a process that has forked none yet."""
+    folder = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test_a_cluster_that_fails_to_close_hides_no_error_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +82,31 @@ def test_a_cluster_that_fails_to_close_hides_no_error_and_leaves_no_process(monk
     assert not [child for child in active_children() if child.name.startswith("Dask Worker process")]
 
 
-def _has_imported(module: str) -> bool:
-    return module in sys.modules
-
-
-def _threads() -> int:
+def _state() -> dict[str, Any]:
     import torch
 
-    return torch.get_num_threads()
+    def touched() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(50):
+            torch.ones(1 << 20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    touched()
+    parent = psutil.Process(os.getppid())
+    return {
+        "imported": "transformers.modeling_utils" in sys.modules,
+        "ancestors": [parent.pid, parent.ppid()],
+        "threads": torch.get_num_threads(),
+        "told": os.getenv("BMM_TEST_OF_WORKERS"),
+        "faults": touched(),
+    }
+
+
+if __name__ == "__main__":
+    told: dict[str, Any] = {"process": os.getpid()}
+    for name in ("first", "second"):
+        os.environ["BMM_TEST_OF_WORKERS"] = name
+        with workers(ClusterSettings(workers=2)) as cluster:
+            cluster.client.wait_for_workers(2)
+            told[name] = list(cluster.client.run(_state).values())
+    print(json.dumps(told))

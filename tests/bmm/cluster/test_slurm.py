@@ -110,6 +110,7 @@ def test_jobs_compute_the_grams_and_one_that_ends_is_submitted_again(
     for line in ("#SBATCH -p cpu", "#SBATCH --cpus-per-task=1", "#SBATCH --mem=1G", "#SBATCH -t 00:10:00"):
         assert line in script
     assert "export PROLOGUE=1" in script
+    assert "export MALLOC_TRIM_THRESHOLD_=" in script
     assert "--nthreads 1 --memory-limit 1.00GiB" in script
     assert len(list(jobs.iterdir())) >= 2, "the job that was lost was not submitted again"
     for job in jobs.iterdir():
