@@ -35,13 +35,21 @@ def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, flo
     Raises:
         ClusterError: the workers do not start.
     """
-    started = {**dask.config.get("distributed.nanny.pre-spawn-environ"), **WORKER_ENVIRONMENT}
-    changes = {
-        "distributed.worker.multiprocessing-method": _method(),
-        "distributed.nanny.pre-spawn-environ": started,
-    }
-    with dask.config.set(changes):
-        _import_once()
+    # On macOS a fork of a process that has loaded Apple's libraries may crash.
+    forked = sys.platform == "linux"
+    # For as long as the cluster lives: a worker that has died is started by the same settings.
+    with dask.config.set(
+        {
+            "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
+            "distributed.nanny.pre-spawn-environ": {
+                **dask.config.get("distributed.nanny.pre-spawn-environ"),
+                **WORKER_ENVIRONMENT,
+            },
+        }
+    ):
+        if forked:
+            # Without effect once the process runs.
+            get_mp_context().set_forkserver_preload(["distributed", *_IMPORTED])
         try:
             cluster = LocalCluster(
                 n_workers=settings.workers,
@@ -61,18 +69,6 @@ def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, flo
             yield cluster, settings.retry_seconds
         finally:
             _end(cluster)
-
-
-def _method() -> str:
-    # On macOS a fork of a process that has loaded Apple's libraries may crash.
-    return "forkserver" if sys.platform == "linux" else "spawn"
-
-
-def _import_once() -> None:
-    """Say what the process that workers are forked from imports; without effect once it runs."""
-    context = get_mp_context()
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["distributed", *_IMPORTED])
 
 
 def _end(cluster: LocalCluster) -> None:

@@ -82,7 +82,7 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
 def _changed(place: Path, recipe: Path) -> dict[str, Any]:
     """Run the Gram stage in full, with one expert changed, and with nothing changed.
 
-    What workers are forked from has done its imports before (`_workers`), each time.
+    All three find the process that workers are forked from with its imports done, by `_workers`.
     """
     import torch
     from safetensors.torch import load_file, save_file

@@ -44,19 +44,6 @@ def test_workers_have_the_environment_of_now_and_one_thread() -> None:
     assert {worker["threads"] for worker in here["first"] + here["second"]} == {1}
 
 
-@cache
-def told_by_workers() -> dict[str, Any]:
-    """What workers of two clusters, one after the other, say of themselves: in a process that has forked none yet."""
-    folder = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=240, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def test_a_cluster_that_fails_to_close_hides_no_error_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import distributed
 
@@ -80,6 +67,18 @@ def test_a_cluster_that_fails_to_close_hides_no_error_and_leaves_no_process(monk
     assert Stuck.asked == 1
     time.sleep(1.0)
     assert not [child for child in active_children() if child.name.startswith("Dask Worker process")]
+
+
+@cache
+def told_by_workers() -> dict[str, Any]:
+    """What workers of two clusters, one after the other, say of themselves: in a process that has forked none yet."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def _state() -> dict[str, Any]:
