@@ -10,6 +10,8 @@ BENCHMARK ?=
 NIGHTS ?= real
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where it is set, as in many images, each of some 200 processes of the tests would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test nights benchmark benchmark-methods benchmark-scale benchmark-search check clean
 
