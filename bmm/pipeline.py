@@ -14,6 +14,7 @@ from typing import Any
 
 from bmm.document import build_document
 from bmm.errors import ArtefactDamagedError
+from bmm.imports import import_torch_and_transformers
 from bmm.publication import export
 from bmm.recipe import Recipe
 from bmm.requests import Requests
@@ -110,6 +111,7 @@ def perform_here(store: Store, request: Request) -> Result:
 
     def load() -> Stage:
         # The stages import torch and transformers; finding out that everything is cached does not.
+        import_torch_and_transformers()
         from bmm.stages.registry import STAGES as FUNCTIONS
 
         return FUNCTIONS[request.stage]

@@ -17,6 +17,7 @@ from bmm.checkpoint.reader import Checkpoint
 from bmm.disk import free_bytes
 from bmm.errors import OutputError, RecipeError
 from bmm.estimate import StagePlan, estimate_stages, worker_shortage
+from bmm.imports import import_torch_and_transformers
 from bmm.outline import outline_of
 from bmm.pipeline import stages_of
 from bmm.recipe import Recipe
@@ -114,6 +115,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, store: Store) -> Plan:
 
 def _estimate(recipe: Recipe, inputs: Inputs, done: Mapping[str, Result]) -> tuple[tuple[StagePlan, ...], int]:
     """Return what each stage needs, and the bytes of the output."""
+    import_torch_and_transformers()
     from bmm.kinds.registry import kind_of
 
     with Checkpoint.open(Path(inputs.base.path)) as base:

@@ -23,8 +23,6 @@ from bmm.cluster.settings import ClusterSettings
 from bmm.errors import ClusterError
 from bmm.memory import WORKER_ENVIRONMENT
 
-_IMPORTED = ("torch", "transformers.modeling_utils", "bmm.prediction")
-
 
 @contextmanager
 def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, float]]:
@@ -49,7 +47,7 @@ def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, flo
     ):
         if forked:
             # Without effect once the process runs.
-            get_mp_context().set_forkserver_preload(["distributed", *_IMPORTED])
+            get_mp_context().set_forkserver_preload(["bmm.cluster.preloaded"])
         try:
             cluster = LocalCluster(
                 n_workers=settings.workers,
