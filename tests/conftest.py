@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -50,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     asking = {item.path for item in items if SERVERS & set(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: (item.path in asking, item.path.parent.name != "end_to_end"))
+
+
+def pytest_collection_finish() -> None:
+    """Pass over for good what the tests' imports have made: each search for garbage would look at all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

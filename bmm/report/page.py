@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import yaml
@@ -25,8 +26,12 @@ COVERAGE_KEYS = ("parameter", "shape", "treatment", "module", "lambda", "gamma",
 TRIAL_KEYS = ("index", "origin", "state", "objective", "settings")
 
 
+@cache
 def environment(*, autoescape: bool) -> Environment:
-    """Return the template environment of this package, with the number formats as filters."""
+    """Return the template environment of this package, with the number formats as filters.
+
+    It is kept, with the templates that it has compiled.
+    """
     made = Environment(
         loader=PackageLoader("bmm.report", ""),
         autoescape=autoescape,  # noqa: S701 - off for Markdown alone, whose cells `card.cell` escapes
