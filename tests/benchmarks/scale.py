@@ -58,7 +58,7 @@ PARTS = (
     Part(
         "stage",
         "benchmarks.scaling.gram_stage",
-        {"two_workers_speedup": -1.8, "one_of_eight_changed": 1 / 8 + 0.05},
+        {"two_workers_speedup": -1.8, "two_bare_processes_speedup": None, "one_of_eight_changed": 1 / 8 + 0.05},
     ),
     Part(
         "merges",
@@ -149,8 +149,7 @@ def _spread(details: dict[str, Any], key: str, method: str) -> tuple[float | Non
     if method:
         spread = details.get("methods", {}).get(method, {}).get("seconds" if "seconds" in key else "memory", {})
     elif "low" not in spread:
-        spread = spread.get("memory" if "rss" in key else "seconds", {})
-        spread = spread or (details.get("workers", {}).get("speedup", {}) if "workers" in key else {})
+        spread = spread.get(key) or spread.get("memory" if "rss" in key else "seconds", {})
     return spread.get("low"), spread.get("high")
 
 

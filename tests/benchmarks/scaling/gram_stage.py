@@ -1,19 +1,27 @@
 """The Gram stage on its cluster: two workers against one, one expert of eight changed, and nothing changed.
 
+Beside the two workers stand two processes that compute the same shards without Dask: what the cores can give.
+
 Experts are text classifiers of a 6-layer, 384-wide encoder with random weights; their rows are made-up words.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.measuring import by_turns, ratio, seconds
+
+from bmm.memory import WORKER_ENVIRONMENT
 
 EXPERTS = 8
 WORDS = [f"w{index}" for index in range(900)]
@@ -25,14 +33,17 @@ def measure(folder: Path, *, quick: bool) -> dict[str, Any]:
     rows = 64 if quick else 512
     with TemporaryDirectory(dir=folder) as place:
         recipe = make_experts(Path(place), rows, layers=2 if quick else 6)
-        found = {"workers": _workers(Path(place), recipe, 1 if quick else 3), "changed": _changed(Path(place), recipe)}
-    found["two_workers_speedup"] = found["workers"]["speedup"]["median"]
-    found["one_of_eight_changed"] = found["changed"]["ratio"]
-    return found
+        computed, changed = _workers(Path(place), recipe, 1 if quick else 3), _changed(Path(place), recipe)
+    return {
+        **{name: found["median"] for name, found in computed["spread"].items()},
+        "one_of_eight_changed": changed["ratio"],
+        "changed": changed,
+        **computed,
+    }
 
 
 def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
-    """Run one expert's shards on one warm worker and on two, by turns."""
+    """Run one expert's shards on one warm worker and on two, and on as many bare processes, by turns."""
     from contextlib import ExitStack
 
     from bmm.cluster.connection import workers
@@ -64,19 +75,44 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
             store.discard("gram-shard", shard.key())
         client.gather(client.map(compute_shard, requests, pure=False))
 
+    def bare(pool: Executor) -> None:
+        for shard in job.shards:
+            store.discard("gram-shard", shard.key())
+        list(pool.map(compute_shard, requests))
+
     with ExitStack() as stack:
         clusters = {count: stack.enter_context(workers(ClusterSettings(workers=count))) for count in (1, 2)}
         for count, cluster in clusters.items():
             cluster.client.wait_for_workers(count)
         clients = {str(count): cluster.client for count, cluster in clusters.items()}
-        for client in clients.values():
+        runs: dict[str, Callable[[], None]] = {
+            name: lambda client=client: shards(client) for name, client in clients.items()
+        }
+        for count in (1, 2):
+            pool = stack.enter_context(_bare_processes(count))
+            runs[f"{count} bare"] = lambda pool=pool: bare(pool)
+        for run in runs.values():
             # Imports and the expert's weights are in place when the clock starts.
-            shards(client)
-        taken = by_turns(
-            {name: lambda client=client: seconds(lambda: shards(client)) for name, client in clients.items()},
-            repetitions,
-        )
-    return {"seconds": taken, "shards": len(requests), "speedup": ratio(taken["1"], taken["2"])}
+            run()
+        taken = by_turns({name: lambda run=run: seconds(run) for name, run in runs.items()}, repetitions)
+    return {
+        "seconds": taken,
+        "shards": len(requests),
+        "spread": {
+            "two_workers_speedup": ratio(taken["1"], taken["2"]),
+            "two_bare_processes_speedup": ratio(taken["1 bare"], taken["2 bare"]),
+        },
+    }
+
+
+@contextmanager
+def _bare_processes(count: int) -> Iterator[Executor]:
+    """Yield processes of one thread with the memory settings of workers, and nothing else of theirs."""
+    with (
+        patch.dict(os.environ, {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": "1"}),
+        ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool,
+    ):
+        yield pool
 
 
 def _changed(place: Path, recipe: Path) -> dict[str, Any]:
