@@ -43,6 +43,17 @@ class Serving:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.3)
 
+    def interrupt(self) -> int:
+        """Press Ctrl-C and return the exit code; where it does not end, fail with what every thread is at."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(120)
+        except subprocess.TimeoutExpired:
+            tree = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(60)
+            raise AssertionError("\n".join([self.log.read_text(), "its processes:", *tree])) from None
+
 
 @contextmanager
 def serving(recipe: Path, store: Path, place: Path) -> Iterator[Serving]:
@@ -50,7 +61,7 @@ def serving(recipe: Path, store: Path, place: Path) -> Iterator[Serving]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     home = {"PREFECT_HOME": str(place), "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(place / "storage")}
-    environment = {**os.environ, **home, "PREFECT_SERVER_API_PORT": str(port)}
+    environment = {**os.environ, **home, "PREFECT_SERVER_API_PORT": str(port), "PYTHONFAULTHANDLER": "1"}
     words = [
         sys.executable,
         "-c",
@@ -111,8 +122,7 @@ def test_a_deployed_night_is_scheduled_and_run(pico: Path, tmp_path: Path) -> No
         assert (tmp_path / "prefect" / "concurrency_leases" / "expirations.json").is_file()
         started = psutil.Process(at.process.pid).children(recursive=True)
         assert len(started) >= 2
-        at.process.send_signal(signal.SIGINT)
-        assert at.process.wait(180) == 0, at.log.read_text()
+        assert at.interrupt() == 0, at.log.read_text()
         assert psutil.wait_procs(started, timeout=60)[1] == []
 
 
