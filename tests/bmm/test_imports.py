@@ -13,20 +13,14 @@ from bmm.imports import import_torch_and_transformers
 _STATE = "import gc; print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
 
 
-@pytest.fixture
-def before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has not imported torch, as far as modules tell."""
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-
-
 def test_what_was_imported_is_passed_over_for_good() -> None:
     code = "from bmm.imports import import_torch_and_transformers as load; load(); load(); " + _STATE
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert said.stdout.split() == ["True", "True"]
 
 
-@pytest.mark.usefixtures("before_torch")
 def test_a_failed_import_leaves_the_search_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(sys, "meta_path", [])
     with pytest.raises(ImportError):
         import_torch_and_transformers()

@@ -70,14 +70,16 @@ def _workers(place: Path, recipe: Path, repetitions: int) -> dict[str, Any]:
     job = plan_job(work, setup.experts[0], data, readers, shard_rows=32, batch_size=32)
     requests = [vars(shard) for shard in job.shards]
 
-    def shards(client: Any) -> None:
+    def forget() -> None:
         for shard in job.shards:
             store.discard("gram-shard", shard.key())
+
+    def shards(client: Any) -> None:
+        forget()
         client.gather(client.map(compute_shard, requests, pure=False))
 
     def bare(pool: Executor) -> None:
-        for shard in job.shards:
-            store.discard("gram-shard", shard.key())
+        forget()
         list(pool.map(compute_shard, requests))
 
     with ExitStack() as stack:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -28,6 +29,8 @@ def test_workers_are_forked_from_one_process_that_has_imported_what_they_need() 
     ((parent, grandparent),) = {tuple(worker["ancestors"]) for worker in here["first"] + here["second"]}
     assert grandparent == here["process"] != parent
     assert all(worker["imported"] for worker in here["first"] + here["second"])
+    # What a search for garbage touches is no longer shared with the process that it was forked from.
+    assert all(worker["passed over"] > 100_000 for worker in here["first"] + here["second"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
@@ -94,6 +97,7 @@ def _state() -> dict[str, Any]:
     parent = psutil.Process(os.getppid())
     return {
         "imported": "transformers.modeling_utils" in sys.modules,
+        "passed over": gc.get_freeze_count(),
         "ancestors": [parent.pid, parent.ppid()],
         "threads": torch.get_num_threads(),
         "told": os.getenv("BMM_TEST_OF_WORKERS"),
