@@ -35,6 +35,7 @@ def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, flo
     """
     # On macOS a fork of a process that has loaded Apple's libraries may crash.
     forked = sys.platform == "linux"
+    _forget_dasks_own()
     # For as long as the cluster lives: a worker that has died is started by the same settings.
     with dask.config.set(
         {
@@ -67,6 +68,17 @@ def local_cluster(settings: ClusterSettings) -> Iterator[tuple[LocalCluster, flo
             yield cluster, settings.retry_seconds
         finally:
             _end(cluster)
+
+
+def _forget_dasks_own() -> None:
+    """Remove what an earlier cluster of this process has left in the environment, where what is set goes first.
+
+    Dask writes its own settings there when it starts a worker. What differs from them was set by somebody.
+    """
+    usual = dask.config.get("distributed.nanny.pre-spawn-environ")
+    for name in WORKER_ENVIRONMENT.keys() & usual.keys():
+        if os.environ.get(name) == str(usual[name]):
+            del os.environ[name]
 
 
 def _end(cluster: LocalCluster) -> None:
