@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +42,16 @@ Store._make = noted
 ROWS = {"training": 240, "calibration": 48, "validation": 60, "test": 60}
 SERVERS = {"dask_scheduler", "object_server", "prefect_server", "scheduler"}
 """Fixtures of the session that run a server from their first test on."""
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C as a terminal's commands do, and have what the tests start do so.
+
+    What a shell starts in its background ignores it, and so does all that comes of it: a test that presses Ctrl-C would
+    wait for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
