@@ -21,11 +21,11 @@ def show_inputs(resolved: Resolved) -> None:
 def show_figures(merge: Merge) -> None:
     """Show the report's figures, each as an image within the text."""
     # A night without a merge draws nothing, and need not wait for what draws.
-    from bmm.report.figures import figures, png
+    from bmm.report.figures import pngs
 
     shown = [
-        f"![{name}](data:image/png;base64,{b64encode(png(name, merge.document)).decode('ascii')})"
-        for name in figures(merge.document)
+        f"![{name}](data:image/png;base64,{b64encode(drawn).decode('ascii')})"
+        for name, drawn in pngs(merge.document).items()
     ]
     if shown:
         create_markdown_artifact("\n\n".join(shown), key="bmm-figures", description="The report's figures")

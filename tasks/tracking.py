@@ -230,11 +230,11 @@ def _log(client: Any, experiment: str, document: Mapping[str, Any], model: Artef
 
 def _log_artifacts(client: Any, run_id: str, document: Mapping[str, Any], model: Artefact) -> None:
     # What draws takes long to import, and most nights have nothing to draw.
-    from bmm.report.figures import figures, png
+    from bmm.report.figures import pngs
 
     with tempfile.TemporaryDirectory(prefix="bmm-mlflow-") as folder:
-        for name in figures(document):
-            (Path(folder) / f"{name}.png").write_bytes(png(name, document))
+        for name, drawn in pngs(document).items():
+            (Path(folder) / f"{name}.png").write_bytes(drawn)
         client.log_artifacts(run_id, folder, "figures")
     client.log_text(run_id, yaml.safe_dump(document["recipe"], sort_keys=False, allow_unicode=True), "recipe.yaml")
     lineage = {key: document[key] for key in ("recipe_digest", "base", "experts", "anchor", "data", "environment")}

@@ -1,18 +1,19 @@
 """The figures of a report: task bars and methods, and by name those of the search and of λ by depth and type.
 
-`figures` gives them as SVG text, `png` one of them as bytes, `build` as figure objects; each figure exists
-only when the document has data for it. Style and encoding are in drawing.py, the search's figures in
-search_figures.py, the λ map in heatmap.py.
+`figures` gives them as SVG text, `pngs` as bytes, `build` as figure objects; each figure exists only when the
+document has data for it. Style and encoding are in drawing.py, the search's figures in search_figures.py, the
+λ map in heatmap.py.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import lru_cache
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from bmm.errors import BMMError
 from bmm.report import findings, notation
 from bmm.report.drawing import (
     COLOURS,
@@ -48,22 +49,28 @@ def build(document: Document) -> dict[str, Figure]:
 
 def figures(document: Document) -> dict[str, str]:
     """Return every figure as an SVG element; the same document gives the same text."""
-    return {name: svg(name, figure, TITLES[name]) for name, figure in build(document).items()}
+    return dict(_svgs(_read(document)))
 
 
-def png(name: str, document: Document) -> bytes:
-    """Return one figure as PNG bytes.
+def pngs(document: Document) -> dict[str, bytes]:
+    """Return every figure as PNG bytes; the same document gives the same."""
+    return dict(_pngs(_read(document)))
 
-    Raises:
-        BMMError: there is no such figure, or the document has no data for it.
-    """
-    if name not in _BUILDERS:
-        raise BMMError(f"there is no figure '{name}'; there are {', '.join(_BUILDERS)}")
-    with style():
-        figure = _BUILDERS[name](document)
-    if figure is None:
-        raise BMMError(f"merge.json has no data for the figure '{name}'; ask `build` which figures it has")
-    return png_bytes(figure)
+
+def _read(document: Document) -> str:
+    """Return what figures are drawn from, and nothing else, as JSON text."""
+    return json.dumps({part: document[part] for part in _PARTS if part in document})
+
+
+# A page is written, sent to the tracker, and written anew with its address: nothing that is drawn has changed since.
+@lru_cache(maxsize=8)
+def _svgs(read: str) -> dict[str, str]:
+    return {name: svg(name, figure, TITLES[name]) for name, figure in build(json.loads(read)).items()}
+
+
+@lru_cache(maxsize=8)
+def _pngs(read: str) -> dict[str, bytes]:
+    return {name: png_bytes(figure) for name, figure in build(json.loads(read)).items()}
 
 
 def task_bars(document: Document) -> Figure | None:
@@ -169,6 +176,7 @@ def _metric_label(document: Document) -> str:
 
 
 _HALO = [withStroke(linewidth=2.6, foreground="white")]  # a dark whisker must show on a dark bar
+_PARTS = ("anchor", "coverage", "methods", "metrics", "recipe", "search")
 _BUILDERS: dict[str, Callable[[Document], Figure | None]] = {
     "tasks": task_bars,
     "methods": method_dots,
