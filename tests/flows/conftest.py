@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from answers import TOLD, Answer
+from mlflow_tables import copied_tables
 
 from flows.prefect_settings import set_defaults
 
@@ -25,10 +26,11 @@ class Server:
     """A running Prefect server."""
 
     url: str
+    client: httpx.Client
 
     def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
         """Return the server's flow runs, task runs, artifacts or logs, newest first where it can sort them."""
-        answer = httpx.post(f"{self.url}/{what}/filter", json={"limit": 200, **filters}, timeout=60)
+        answer = self.client.post(f"{self.url}/{what}/filter", json={"limit": 200, **filters})
         answer.raise_for_status()
         found: list[dict[str, Any]] = answer.json()
         return found
@@ -56,6 +58,12 @@ def found_names(runs: list[dict[str, Any]]) -> set[str]:
     return {run["name"] for run in runs}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with copied_tables(tmp_path_factory.mktemp("mlflow-tables")):
+        yield
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server process for the session, with its own home."""
@@ -72,15 +80,18 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
         )
     try:
         deadline = time.monotonic() + 180
-        while True:
-            try:
-                httpx.get(f"{url}/health", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None, (home / "server.log").read_text()
-                assert time.monotonic() < deadline, (home / "server.log").read_text()
-                time.sleep(0.2)
-        yield Server(url)
+        # A client of each question's own would read all certificates anew, with a core that the server wants.
+        with httpx.Client(timeout=5) as client:
+            while True:
+                try:
+                    client.get(f"{url}/health").raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    assert process.poll() is None, (home / "server.log").read_text()
+                    assert time.monotonic() < deadline, (home / "server.log").read_text()
+                    time.sleep(0.2)
+        with httpx.Client(timeout=60) as client:
+            yield Server(url, client)
     finally:
         process.terminate()
         try:

@@ -29,7 +29,7 @@ class Serving:
     """A `bmm deploy --serve` at work."""
 
     process: subprocess.Popen[bytes]
-    url: str
+    client: httpx.Client
     log: Path
 
     def wait_for(self, found: Callable[[], Any]) -> Any:
@@ -69,7 +69,9 @@ def serving(recipe: Path, store: Path, place: Path) -> Iterator[Serving]:
     log = place.with_suffix(".log")
     with log.open("wb") as sink, subprocess.Popen(words, stdout=sink, stderr=sink, env=environment) as process:
         try:
-            yield Serving(process, f"http://127.0.0.1:{port}/api", log)
+            # One for all questions: each new one reads all certificates anew.
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as client:
+                yield Serving(process, client, log)
         finally:
             process.kill()
 
@@ -82,7 +84,7 @@ def test_a_deployed_night_is_scheduled_and_run(pico: Path, tmp_path: Path) -> No
     with serving(recipe, store, tmp_path / "prefect") as at:
 
         def find(what: str, **filters: Any) -> list[dict[str, Any]]:
-            answer: list[dict[str, Any]] = httpx.post(f"{at.url}/{what}/filter", json=filters, timeout=60).json()
+            answer: list[dict[str, Any]] = at.client.post(f"/{what}/filter", json=filters).json()
             return answer
 
         at.wait_for(lambda: b"until Ctrl-C" in at.log.read_bytes())
@@ -103,7 +105,7 @@ def test_a_deployed_night_is_scheduled_and_run(pico: Path, tmp_path: Path) -> No
         assert {run["state_name"] for run in runs} == {"Scheduled"}
         assert {run["expected_start_time"][11:16] for run in runs} <= {"00:30", "01:30"}
 
-        made = httpx.post(f"{at.url}/deployments/{night['id']}/create_flow_run", json={}, timeout=60).json()
+        made = at.client.post(f"/deployments/{night['id']}/create_flow_run", json={}).json()
 
         def ended() -> dict[str, Any] | None:
             (run,) = find("flow_runs", flow_runs={"id": {"any_": [made["id"]]}})
