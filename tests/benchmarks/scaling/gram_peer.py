@@ -5,7 +5,8 @@
 Experts are CLIP vision towers of ViT-B/32's shape with random weights. The ratio is of the seconds until all Gram
 matrices are there, ours written to disk as the Gram stage writes them, without imports and the loading of models;
 memory is the peak of the whole process, merge included. The merges' own seconds stand beside: ours is solved in float64
-by an eigendecomposition, fusion-bench's by an inverse in float32. Both take the encoder's linear layers only.
+by an eigendecomposition, fusion-bench's by an inverse in float32. Both take the encoder's linear layers only. Each has
+the memory settings that its users have: ours those that workers are started with, fusion-bench glibc's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 from benchmarks.measuring import by_turns, ratio, run
 
+from bmm.memory import WORKER_ENVIRONMENT
+
 BATCH = 32
 EXPERTS = 4
 MODULE = "benchmarks.scaling.gram_peer"
@@ -33,7 +36,8 @@ def measure(folder: Path, *, quick: bool) -> dict[str, Any]:
         runs: dict[str, list[Any]] = {"ours": [], "theirs": []}
 
         def one(whose: str) -> float:
-            runs[whose].append(run(["-m", MODULE, whose, place, str(rows)], threads=1))
+            environment = WORKER_ENVIRONMENT if whose == "ours" else None
+            runs[whose].append(run(["-m", MODULE, whose, place, str(rows)], environment=environment, threads=1))
             return float(runs[whose][-1].said["gram_seconds"])
 
         taken = by_turns({whose: lambda whose=whose: one(whose) for whose in runs}, 1 if quick else 3)
