@@ -1,25 +1,26 @@
 """MLflow's tables in a new SQLite file, copied from the first that this process has made instead of made anew.
 
-Making them runs all of MLflow's migrations, which take seconds of a core, and hundreds of tests begin with a new store.
+Making them runs all of MLflow's migrations, which take seconds of a core, and dozens of tests begin with a new store. A
+conftest.py whose tests track merges imports `tables`.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-@contextmanager
-def copied_tables(folder: Path) -> Iterator[None]:
-    """Have each new file of this process's begin as the first began, which is kept in a folder, for the block."""
+@pytest.fixture(scope="session", autouse=True)
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have each new file of this process's begin as the first began, for the session."""
     from mlflow.store.db import utils
 
-    made, first = utils._initialize_tables, folder / "first.db"
+    made, first = utils._initialize_tables, tmp_path_factory.mktemp("mlflow-tables") / "first.db"
 
     def copied(engine: Any) -> None:
         if engine.dialect.name != "sqlite":

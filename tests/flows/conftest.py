@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from answers import TOLD, Answer
-from mlflow_tables import copied_tables
+from mlflow_tables import tables  # noqa: F401 - a fixture
 
 from flows.prefect_settings import set_defaults
 
@@ -58,12 +58,6 @@ def found_names(runs: list[dict[str, Any]]) -> set[str]:
     return {run["name"] for run in runs}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with copied_tables(tmp_path_factory.mktemp("mlflow-tables")):
-        yield
-
-
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server process for the session, with its own home."""
@@ -81,16 +75,15 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     try:
         deadline = time.monotonic() + 180
         # A client of each question's own would read all certificates anew, with a core that the server wants.
-        with httpx.Client(timeout=5) as client:
+        with httpx.Client(timeout=60) as client:
             while True:
                 try:
-                    client.get(f"{url}/health").raise_for_status()
+                    client.get(f"{url}/health", timeout=5).raise_for_status()
                     break
                 except httpx.HTTPError:
                     assert process.poll() is None, (home / "server.log").read_text()
                     assert time.monotonic() < deadline, (home / "server.log").read_text()
                     time.sleep(0.2)
-        with httpx.Client(timeout=60) as client:
             yield Server(url, client)
     finally:
         process.terminate()

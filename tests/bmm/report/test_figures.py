@@ -79,15 +79,17 @@ def test_figures_are_drawn_once_while_what_they_show_stays(document, monkeypatch
     monkeypatch.setattr(module, "build", lambda read: drawn.append(read) or build(read))
     document["methods"][0]["method"] = "no-other-test-has-this"
     first = figures(document)
+    assert set(pngs(document)) == set(first)
     document |= {"stages": {}, "mlflow": {"uri": "http://127.0.0.1", "run_id": "1"}}
     first["tasks"] = "changed by who asked"
     again = figures(document)
-    assert len(drawn) == 1
+    assert set(pngs(document)) == set(again)
+    assert len(drawn) == 2
     assert again["tasks"].startswith("<svg")
     document["metrics"]["test"]["mean"]["merged"] -= 0.1
     document["methods"][1]["share_of_experts"]["mean"] -= 0.1
     assert figures(document)["methods"] != again["methods"]
-    assert len(drawn) == 2
+    assert len(drawn) == 3
 
 
 def test_figures_are_well_formed_and_refer_to_nothing_outside_of_themselves(document):
