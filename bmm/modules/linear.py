@@ -186,6 +186,9 @@ def discover(encoder: torch.nn.Module, probe: Mapping[str, torch.Tensor]) -> tup
 
 
 class _Discovery(Observer):
+    # Of a model with billions of parameters the arithmetic alone would take seconds.
+    of_shapes_alone = True
+
     def __init__(self) -> None:
         self.seen: dict[Site, list[Product]] = {}
         self.streams: dict[Site, str | None] = {}

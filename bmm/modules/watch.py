@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from bmm.modules.tokens import Routed, Tokens
 
@@ -89,7 +90,13 @@ class Addition:
 
 
 class Observer:
-    """Who is told of what a watch sees; each method may raise `Reached` to end the pass."""
+    """Who is told of what a watch sees; each method may raise `Reached` to end the pass.
+
+    Attributes:
+        of_shapes_alone: what a product answers does not matter: zeros of its shape, and no weight is read from memory.
+    """
+
+    of_shapes_alone: ClassVar[bool] = False
 
     def read(self, product: Product) -> None:
         """Take note of a product before it is computed."""
@@ -172,7 +179,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if product is not None:
             self._observer.read(product)
         before = args[0].clone() if func is _aten.add_.Tensor and self._is_answer(args[1]) else None
-        output = func(*args, **kwargs)
+        blank = product is not None and self._observer.of_shapes_alone
+        output = _blank(func, args, kwargs) if blank else func(*args, **kwargs)
         answers = self._answers.copy() if func is _aten.add_.Tensor else self._answers
         self._date(func, args, output)
         if product is not None:
@@ -301,6 +309,14 @@ class _Answer:
     site: Site
     time: int
     scale: str | None
+
+
+def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return zeros of the shape and the layout in which an operator would answer, without its arithmetic."""
+    device = args[0].device
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    shape: Tensor = func(*args, **kwargs)
+    return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=device).zero_()
 
 
 def _memory(tensor: Tensor) -> int:

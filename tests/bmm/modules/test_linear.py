@@ -9,6 +9,7 @@ import torch
 import transformers
 from architectures import FAMILIES, batches, encoder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmm.modules.linear import LinearMap, discover, layer_of, module_type
 
@@ -208,6 +209,32 @@ def test_watching_leaves_everything_as_it_was() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert model.config._experts_implementation == chosen
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Multiplied(TorchDispatchMode):
+    """Notes the memory of every two-dimensional tensor that an operator really reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+            self.read |= {value.untyped_storage().data_ptr() for value in args if value.device.type != "meta"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
+def test_no_weight_is_multiplied_to_find_the_maps(family: str) -> None:
+    model = encoder(family, 0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with Multiplied() as seen, torch.inference_mode():
+        model(**batches(family, 1)[0])
+    assert weights & seen.read
+    with Multiplied() as seen:
+        maps = discover(model, batches(family, 1)[0])
+    assert maps
+    assert not weights & seen.read
 
 
 def test_a_map_survives_json() -> None:
