@@ -51,6 +51,11 @@ def points(difference: float | None) -> str:
     return "0.0" if shown in ("+0.0", "−0.0") else shown
 
 
+def decimals(value: float, digits: int, *, signed: bool = False) -> str:
+    """Return a number that is no fraction to some decimals, with a minus and no hyphen: `-0.597` is "−0.597"."""
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
 def lambda_text(value: float | None) -> str:
     """Return a prior strength to two digits; None, which stands for infinity, is "∞ (anchor)"."""
     return "∞ (anchor)" if value is None else f"{value:.2g}"

@@ -44,6 +44,7 @@ def environment(*, autoescape: bool) -> Environment:
         number=notation.number,
         percent=notation.percent,
         points=notation.points,
+        decimals=notation.decimals,
         interval=notation.interval_text,
         lambda_text=notation.lambda_text,
         further=search_findings.further_text,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bmm.report import findings, search_findings
+from bmm.report import findings, notation, search_findings
 from bmm.report.drawing import (
     COLOURS,
     GRID,
@@ -109,10 +109,11 @@ def _label_levels(axes: Axes, document: Document, best: float, right: float) -> 
     shown = dict(levels)
     if "anchor" in shown and shown["best"] - shown["anchor"] < least:
         shown["anchor"] = shown["best"] - least
+    digits = 1 if search_findings.objective_scale(document) == 100 else 3
     for name, level in levels.items():
         colour = INK if name == "best" else ORIGIN_COLOURS["anchor"]
         axes.annotate(
-            f"{name} {level:.{1 if search_findings.objective_scale(document) == 100 else 3}f}",
+            f"{name} {notation.decimals(level, digits)}",
             (right, shown[name]),
             (4, 0),
             textcoords="offset points",

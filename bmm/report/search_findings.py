@@ -34,11 +34,23 @@ def objective_axis(document: Document) -> str:
 def objective_text(document: Document, value: float) -> str:
     """Return a value of the search's objective in words."""
     return {
-        "nll": f"a log-likelihood of {value:.3f} nats a row",
-        "agreement": f"an agreement of {value:.3f} nats a row with the experts",
+        "nll": f"a log-likelihood of {notation.decimals(value, 3)} nats a row",
+        "agreement": f"an agreement of {notation.decimals(value, 3)} nats a row with the experts",
     }.get(
         _objective(document), f"{notation.percent(value)} of the experts' validation {findings.metric_word(document)}"
     )
+
+
+def shares_text(document: Document, index: int, anchor: Mapping[str, Any] | None) -> str:
+    """Return what a trial keeps by the tasks' metric, where that is not what was searched by; else nothing."""
+    search = document.get("search") or {}
+    trial = next((trial for trial in findings.finished_trials(document) if trial["index"] == index), None)
+    found = None if trial is None else mean_and_worst(document, trial)
+    if found is None or _objective(document) == "share-of-expert" or search.get("split") == "unlabelled":
+        return ""
+    said = f"; by {findings.metric_word(document)} it keeps {notation.percent(found[0])} of the experts"
+    beside = None if anchor is None or anchor["index"] == index else mean_and_worst(document, anchor)
+    return said + ("" if beside is None else f" (the anchor {notation.percent(beside[0])})")
 
 
 def _objective(document: Document) -> str:

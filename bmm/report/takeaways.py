@@ -79,9 +79,9 @@ def search_sentence(document: Document) -> str:
     if anchor is not None and anchor["index"] != best["index"]:
         gain = best["objective"] - anchor["objective"]
         share = search_findings.objective_scale(document) == 100
-        sentence += (
-            f", {notation.points(gain)} points against the anchor" if share else f", {gain:+.3f} against the anchor"
-        )
+        apart = f"{notation.points(gain)} points" if share else notation.decimals(gain, 3, signed=True)
+        sentence += f", {apart} against the anchor"
+    sentence += search_findings.shares_text(document, best["index"], anchor)
     stopped = sum(trial.get("state") == "stopped" for trial in trials)
     if stopped:
         sentence += f"; {stopped} {'was' if stopped == 1 else 'were'} stopped early (hollow), as they could not win"
@@ -113,8 +113,8 @@ def trades_sentence(document: Document) -> str:
         )
     one, other, value = opposed
     return (
-        f"What is good for {one} tends to be bad for {other} (correlation {value:.2f} over the trials); the line joins "
-        "the trials that no other one beats in both."
+        f"What is good for {one} tends to be bad for {other} (correlation {notation.decimals(value, 2)} over the "
+        "trials); the line joins the trials that no other one beats in both."
     )
 
 

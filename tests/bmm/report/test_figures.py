@@ -177,8 +177,10 @@ def test_a_search_shows_what_mattered_and_what_was_traded(document: dict[str, An
     assert {"search", "importance", "trades"} <= set(figures(told))
     said = takeaways(told)
     assert "λ of attention-out (60 %)" in said["importance"]
-    assert "good for a tends to be bad for b (correlation -1.00" in said["trades"]
+    assert "good for a tends to be bad for b (correlation −1.00" in said["trades"]
     assert "2 were stopped early" in said["search"]
+    assert ("; by accuracy it keeps " in said["search"]) == (objective != "share-of-expert")
+    assert "-" not in said["search"].replace("log-likelihood", "")
     page = report_page(told)
     assert "ρ 0.4, a × 1.5" in page
     assert ("objective, %" in page) == (objective == "share-of-expert")
