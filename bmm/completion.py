@@ -1,4 +1,4 @@
-"""What a recipe leaves open and what follows from the rest: source, mode, prior strength and number of trials.
+"""What a recipe leaves open and what follows from the rest: source, mode, prior strength, trials and their objective.
 
 Rows are optional, so the defaults depend on which there are: with all three splits a search over propagated
 regression, without any a data-free merge. What was said is kept, and what does not fit together is refused. Pure
@@ -36,6 +36,7 @@ def complete(
     splits: Mapping[str, Collection[str]],
     *,
     grams_said: bool,
+    accuracies: bool = False,
     needs: Sequence[tuple[str, str]] = (),
 ) -> Choices:
     """Return the choices with everything filled in.
@@ -44,6 +45,7 @@ def complete(
         said: as the recipe has them, defaults where it says nothing.
         splits: the splits that each expert has rows for, by the expert's name.
         grams_said: whether the recipe says anything of its Gram matrices.
+        accuracies: whether every task is worth the share of rows whose one class is right.
         needs: splits that other parts of the recipe cannot do without, each with the key and what it asks for.
 
     Raises:
@@ -71,7 +73,7 @@ def complete(
     rows = all("validation" in own for own in splits.values())
     if said.search.objective == "agreement":
         rows = rows or all("unlabelled" in own for own in splits.values())
-    said = replace(said, search=_search(said, validation=rows))
+    said = replace(said, search=_search(said, validation=rows, accuracies=accuracies))
     _check_search(said, splits)
     return replace(said, regression=_strength(said))
 
@@ -126,7 +128,7 @@ def _heads(said: Choices, unseen: Sequence[str]) -> RegressionSettings:
     return _changed(regression, heads=DEFAULT_LAMBDA) if fits and regression.heads is None else regression
 
 
-def _search(said: Choices, *, validation: bool) -> SearchSettings:
+def _search(said: Choices, *, validation: bool, accuracies: bool) -> SearchSettings:
     search, regression = said.search, said.regression
     trials_said = "trials" in search.model_fields_set
     strength_said = "strength" in regression.model_fields_set
@@ -164,6 +166,8 @@ def _search(said: Choices, *, validation: bool) -> SearchSettings:
             update["per"] = "module"
     if not trials_said and (fixed or not validation):
         update["trials"] = 0
+    if accuracies and "objective" not in search.model_fields_set:
+        update["objective"] = "nll"
     return search.model_copy(update=update)
 
 

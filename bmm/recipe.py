@@ -19,7 +19,7 @@ from bmm.completion import Choices, complete
 from bmm.discovery import ExpertSearch, expand
 from bmm.errors import RecipeError
 from bmm.grams.settings import ActivationGrams, GramSettings
-from bmm.kinds.settings import SplitSource, Task
+from bmm.kinds.settings import SplitSource, Task, counts_right_rows
 from bmm.nightly.settings import Nightly
 from bmm.part import SIZE_PATTERN, Part
 from bmm.recipe_file import read_mapping
@@ -155,6 +155,7 @@ class Recipe(Part):
             said,
             splits,
             grams_said="grams" in self.model_fields_set,
+            accuracies=all(counts_right_rows(expert.task) for expert in self.experts),
             needs=self._needs(measured=any("test" in own for own in splits.values())),
         )
         for name, part in vars(choices).items():

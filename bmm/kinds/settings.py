@@ -73,6 +73,7 @@ class _Classes(_Task):
     unlabelled: UnlabelledSource | None = Field(
         default=None, description="rows without labels that the search is steered by where its objective is agreement"
     )
+    metric: ClassMetric = "accuracy"
 
     def splits(self) -> dict[str, SplitSource]:
         """Return the splits that there are, by name, in a fixed order."""
@@ -87,7 +88,6 @@ class TextClassification(_Classes):
     text_pair: str | None = None
     label: str = "label"
     max_length: int = Field(default=128, ge=4, description="tokens a row, longer rows are cut")
-    metric: ClassMetric = "accuracy"
 
 
 # Every kind but the default must be named, so that in the published schema exactly one fits.
@@ -99,7 +99,6 @@ class ImageClassification(_Classes):
         default="image", description="the column of images, or of their paths relative to the recipe's folder"
     )
     label: str = "label"
-    metric: ClassMetric = "accuracy"
 
 
 class AudioClassification(_Classes):
@@ -111,7 +110,6 @@ class AudioClassification(_Classes):
     )
     label: str = "label"
     max_seconds: float = Field(default=30, gt=0, description="of a row, longer sounds are cut")
-    metric: ClassMetric = "accuracy"
 
 
 class TokenClassification(_Task):
@@ -149,7 +147,6 @@ class ZeroShotImageClassification(_Classes):
     templates: tuple[str, ...] = Field(
         default=("a photo of a {}.",), min_length=1, description="sentences around a class's name, which replaces {}"
     )
-    metric: ClassMetric = "accuracy"
 
     @field_validator("classes")
     @classmethod
@@ -275,6 +272,12 @@ Task = Annotated[
     ],
     BeforeValidator(_with_kind),
 ]
+
+
+def counts_right_rows(task: Task | None) -> bool:
+    """Say whether a task is worth the share of rows whose one class is right, of which each row has a likelihood."""
+    return isinstance(task, _Classes) and task.metric == "accuracy"
+
 
 # Where a row's parts stand in its file (the rows themselves are known by what they hold), and what answers are worth.
 _NOT_READ = frozenset(

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per", default="type x depth", help="module groups, as search.per")
     parser.add_argument("--mode", choices=("module-wise", "propagated"), default="module-wise")
     parser.add_argument("--anchor", help="a method, as anchor.method; else the recipe's")
-    parser.add_argument("--objective", default="share-of-expert", help="as search.objective")
+    parser.add_argument("--objective", help="as search.objective; else the recipe's default for its tasks")
     parser.add_argument("--only", action="append", choices=SEARCHERS, help="only this searcher; may be repeated")
     parser.add_argument("--costs", action="store_true", help="only what a trial and a proposal cost")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
@@ -133,7 +133,8 @@ def _zoo(zoo: Zoo, said: argparse.Namespace, console: Console) -> dict[str, Any]
         "costs": costs,
         "rows": _rows(models, answers, experts, runs, validation, goal, said),
         "settings": {
-            **{key: getattr(said, key) for key in ("seeds", "rows", "trials", "per", "mode", "objective")},
+            **{key: getattr(said, key) for key in ("seeds", "rows", "trials", "per", "mode")},
+            "objective": next(run.search["objective"] for found in runs.values() for run in found),
             "anchor": _changes(said).get("anchor", bench.anchor),
             "grid": GRID,
             "test_rows": bench.rows("test"),
@@ -160,13 +161,9 @@ def _jobs(zoo: Zoo, said: argparse.Namespace) -> list[Job]:
         jobs.append(Job(zoo, "grid", 0, How(changes, "search"), said.rows))
     for seed in range(said.seeds):
         for searcher in said.only or SEARCHERS:
-            search = {
-                "per": said.per,
-                "trials": said.trials,
-                "searcher": searcher,
-                "objective": said.objective,
-                "seed": seed,
-            }
+            search = {"per": said.per, "trials": said.trials, "searcher": searcher, "seed": seed}
+            if said.objective is not None:
+                search["objective"] = said.objective
             jobs.append(Job(zoo, searcher, seed, How({**_changes(said), "search": search}, "search"), said.rows))
     return jobs
 
@@ -277,7 +274,8 @@ def table(zoo: str, result: Mapping[str, Any]) -> Table:
     anchor = settings["anchor"]["method"]
     drawn = Table(
         title=f"{zoo}: share of the experts' mean test score, %",
-        caption=f"{settings['mode']} around {anchor}, per {settings['per']}, {settings['trials']} trials, "
+        caption=f"{settings['mode']} around {anchor}, per {settings['per']}, {settings['trials']} trials by "
+        f"{settings['objective']}, "
         f"{settings['seeds']} seeds of each searcher; to random's best: median "
         "evaluations to the best validation value of random search at its end",
         title_justify="left",

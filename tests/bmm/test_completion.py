@@ -23,7 +23,8 @@ def completed(*splits: str, **said: Any) -> Choices:
         RegressionSettings.model_validate(said.get("regression", {})),
         TypeAdapter(Search).validate_python(said.get("search", {})),
     )
-    return complete(parts, own, grams_said="grams" in said, needs=needs)
+    accuracies = said.get("accuracies", False)
+    return complete(parts, own, grams_said="grams" in said, accuracies=accuracies, needs=needs)
 
 
 def outcome(choices: Choices) -> tuple[str, str, Any, int]:
@@ -71,6 +72,16 @@ def test_what_is_left_open_follows_from_the_rest(
     assert outcome(choices) == found
     # What has been completed is complete.
     assert complete(choices, {"one": splits, "two": splits}, grams_said=True) == choices
+
+
+def test_accuracies_are_searched_for_by_the_likelihood_of_the_labels_unless_the_recipe_says_what_by() -> None:
+    assert completed(*ALL).search.objective == "share-of-expert"
+    assert completed(*ALL, accuracies=True).search.objective == "nll"
+    said = completed(*ALL, accuracies=True, search={"objective": "share-of-expert"})
+    assert said.search.objective == "share-of-expert"
+    splits = {"one": ALL, "two": ALL}
+    found = completed(*ALL, accuracies=True)
+    assert complete(found, splits, grams_said=True, accuracies=True) == found
 
 
 def test_the_walks_own_strength_is_the_one_number_that_there_is() -> None:

@@ -38,7 +38,7 @@ experts:
 anchor: {method: tsv}
 grams: {source: activations}
 regression: {mode: propagated}
-search: {per: type, trials: 24, objective: share-of-expert, seed: 0}
+search: {per: type, trials: 24, objective: nll, seed: 0}
 cluster: {scheduler: null, workers: 2, memory_limit: 8GiB}
 output: ./merged
 """
@@ -361,6 +361,24 @@ def test_the_document_of_an_anchor_alone_gives_the_same_recipe_again(values: dic
     del values["grams"], values["search"]
     recipe = Recipe.from_mapping(values)
     assert Recipe.from_mapping(json.loads(json.dumps(recipe.document()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "objective"),
+    [
+        ({}, "nll"),
+        ({"metric": "f1"}, "share-of-expert"),
+        ({"kind": "text-regression"}, "share-of-expert"),
+        ({"kind": "causal-lm"}, "share-of-expert"),
+    ],
+)
+def test_what_a_search_maximises_depends_on_what_every_task_is_worth(
+    values: dict[str, Any], task: dict[str, Any], objective: str
+) -> None:
+    del values["search"]["objective"]
+    given = values["experts"][1]["task"]
+    values["experts"][1]["task"] = {name: given[name] for name in ("calibration", "validation", "test")} | task
+    assert Recipe.from_mapping(values).search.objective == objective
 
 
 def test_a_walk_in_every_trial_may_have_groups_with_a_lambda_of_their_own(values: dict[str, Any]) -> None:
