@@ -11,7 +11,7 @@ from typing import Any
 
 from bmm.grams.settings import sample_in
 from bmm.recipe import Recipe
-from bmm.search.plan import ANCHOR_TRIAL, PROPOSALS, RACES
+from bmm.search.plan import ANCHOR_TRIAL, ELECTION, PROPOSALS, RACES
 from bmm.sources import Inputs
 from bmm.stages.request import Request, Result
 
@@ -194,6 +194,8 @@ class Requests:
             settings["proposals"] = PROPOSALS
         if search.trials and search.racing and (search.floors or search.also):
             settings["races"] = RACES
+        if search.trials and search.objective != "share-of-expert":
+            settings["election"] = ELECTION
         if search.trials and settings["regression"].get("rounds", 1) > 1:
             # Once the anchor's trial was the model of the round before.
             settings["anchor_trial"] = ANCHOR_TRIAL

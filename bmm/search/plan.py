@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from bmm.search.settings import ALL_TASKS, Searcher, SearchSettings
 from bmm.search.trial import Trial, best_of
@@ -15,6 +16,13 @@ RACES = 2
 """Version of races (`Plan.rival_of`) where tasks have floors: with another one such studies begin anew."""
 ANCHOR_TRIAL = 2
 """Version of the anchor's trial where a walk has several rounds: with another one such studies begin anew."""
+
+ELECTION = 2
+"""Version of what may be published, and so stop others, where the objective is not the tasks' metric: with another one
+such studies begin anew."""
+
+# Where the objective is the mean share itself, both say the same, but for the order of their sums.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,14 @@ class Plan:
         """Return each task's share of its expert's metric; 1 where the expert has nothing that one could share."""
         return {task: trial.tasks[task] / expert if expert > 0 else 1.0 for task, expert in self.experts.items()}
 
+    def mean(self, trial: Trial) -> float:
+        """Return the mean share of all tasks; 1 where no expert's metric is known."""
+        return fmean(self.shares(trial).values()) if self.experts else 1.0
+
+    def harmless(self, trial: Trial, anchor: Trial) -> bool:
+        """Say whether a trial keeps as much of the experts as the anchor by the tasks' metric."""
+        return self.mean(trial) >= self.mean(anchor) - _ROUNDING
+
     def worst(self, trial: Trial) -> float:
         """Return the least share of any task."""
         return min(self.shares(trial).values())
@@ -100,13 +116,15 @@ class Plan:
     def rival_of(self, history: Sequence[Trial]) -> Trial | None:
         """Return the trial that the next one must beat, or None where it is measured to its end.
 
-        A race asks for the objective alone. So with floors only a trial that keeps them may stop another, and nothing
-        is stopped that may be wanted for its worst task.
+        A race asks for the objective alone. So only a trial that keeps the floors, or, without any, as much of the
+        experts as the anchor may stop another, and nothing is stopped that may be wanted for its worst task.
         """
         if not self.racing or self.worst_task:
             return None
         complete = [trial for trial in history if trial.state == "complete"]
-        return best_of([trial for trial in complete if not self.shortfall(trial)])
+        if self.floors:
+            return best_of([trial for trial in complete if not self.shortfall(trial)])
+        return best_of([trial for trial in complete if self.harmless(trial, complete[0])])
 
 
 def floors_by_task(floors: Mapping[str, float], tasks: tuple[str, ...]) -> dict[str, float]:

@@ -8,9 +8,10 @@ solved from inputs that the layers before it no longer give. So, unless every tr
 it is worse by more than one standard error (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning,
 7.10) of the difference on the same rows (`bmm.search.rows`). Elsewhere none is preferred: on four text tasks with TSV-M
 the anchor stood within one standard error of the best and kept 94.8 % on the test rows, the best 96.7 %. Only trials
-that measured no worse than the anchor stand for election, so the published model is never below its anchor on the
-validation rows; where tasks have floors, those that keep them, or else those that miss them by least, and of these
-again only such as are no worse than the anchor, if it is one of them.
+that measured no worse than the anchor, by the objective and, where that is another, by the tasks' metric, stand for
+election, so the published model is never below its anchor on the validation rows; where tasks have floors, those that
+keep them, or else those that miss them by least, and of these again only such as are no worse than the anchor, if it is
+one of them.
 """
 
 from __future__ import annotations
@@ -71,14 +72,15 @@ def _electable(trials: Sequence[Trial], plan: Plan) -> list[Trial]:
     complete = [trial for trial in trials if trial.state == "complete" and trial.objective is not None]
     if not complete:
         return []
-    floor = float(complete[0].objective or 0.0)
-    elected = [trial for trial in complete if float(trial.objective or 0.0) >= floor]
+    anchor = complete[0]
+    floor = float(anchor.objective or 0.0)
+    elected = [trial for trial in complete if float(trial.objective or 0.0) >= floor and plan.harmless(trial, anchor)]
     if not plan.floors:
         return elected
     # A task's floor comes before the mean: the anchor may be one that sacrifices it.
     least = min(plan.shortfall(trial) for trial in complete)
     nearest = [trial for trial in complete if plan.shortfall(trial) <= least]
-    return [trial for trial in nearest if trial in elected] if complete[0] in nearest else nearest
+    return [trial for trial in nearest if trial in elected] if anchor in nearest else nearest
 
 
 def _error(one: Trial, other: Trial, plan: Plan) -> float | None:

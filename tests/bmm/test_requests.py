@@ -9,7 +9,7 @@ import pytest
 from bmm.pipeline import STAGES
 from bmm.recipe import Recipe
 from bmm.requests import HEAD_ROWS, Requests
-from bmm.search.plan import RACES
+from bmm.search.plan import ELECTION, RACES
 from bmm.sources import Expert, Inputs, Model
 from bmm.stages.request import Result
 
@@ -104,6 +104,7 @@ def test_without_a_sample_of_tokens_no_request_speaks_of_one() -> None:
         "dtype",
         "batch_size",
         "proposals",
+        "election",
         "head_rows",
     }
     sample = {"tokens": 4, "tokens_seed": 3}
@@ -119,6 +120,14 @@ def test_only_searches_whose_races_have_changed_begin_anew() -> None:
     assert "races" not in settings()
     assert "races" not in settings(floors={"all": 0.9}, racing=False)
     assert settings(floors={"all": 0.9})["races"] == settings(also="worst-task", searcher="random")["races"] == RACES
+
+
+@pytest.mark.parametrize(("objective", "versioned"), [("nll", True), ("agreement", True), ("share-of-expert", False)])
+def test_only_searches_whose_objective_is_not_the_metric_begin_anew(objective: str, versioned: bool) -> None:
+    done = Result("any", "", "ran", 0.0, dict.fromkeys(("layout", "experts", "anchor"), ""))
+    found = Requests(Recipe.from_mapping({**VALUES, "search": {"objective": objective}}), inputs())
+    settings = found.build("search", dict.fromkeys(STAGES, done)).settings
+    assert settings.get("election") == (ELECTION if versioned else None)
 
 
 def test_only_merges_of_half_precision_say_the_dtype_of_heads() -> None:

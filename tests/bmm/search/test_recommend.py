@@ -67,6 +67,32 @@ def test_no_choice_measured_below_the_anchor(seed: int) -> None:
     assert chosen.objective >= trials[0].objective
 
 
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_no_choice_keeps_less_of_the_experts_than_the_anchor_whatever_the_objective(seed: int) -> None:
+    draw = random.Random(seed)
+    trials = [
+        replace(trial, tasks={"a": draw.uniform(0.7, 0.9), "b": draw.uniform(0.4, 0.5)})
+        for trial in study(seed, 0.05, 8)
+    ]
+    asked = replace(plan(0.05**2), experts={"a": 0.9, "b": 0.5})
+    chosen = recommended(SPACE, trials, asked)
+    assert chosen is not None
+    assert asked.mean(chosen) >= asked.mean(trials[0])
+    assert (chosen.objective or 0.0) >= (trials[0].objective or 0.0)
+
+
+def test_what_is_best_by_the_objective_alone_is_not_taken() -> None:
+    kept = [0.8, 0.7, 0.81, 0.9]
+    trials = [
+        replace(trial, objective=-0.5 + 0.1 * trial.index * (trial.index < 3), tasks={"a": share})
+        for trial, share in zip(study(0, 0.0, 4), kept, strict=True)
+    ]
+    assert recommended(SPACE, trials[:3], replace(plan(None), experts={"a": 1.0})) == trials[2]
+    assert recommended(SPACE, trials[:2], replace(plan(None), experts={"a": 1.0})) == trials[0]
+    assert recommended(SPACE, trials[:2], plan(None)) == trials[1]
+
+
 def test_without_noise_or_with_too_few_trials_the_highest_is_taken() -> None:
     trials = study(3, NOISE**0.5)
     assert recommended(SPACE, trials, plan(None)) == best_of(trials)

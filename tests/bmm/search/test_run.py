@@ -205,6 +205,21 @@ def test_only_a_trial_that_keeps_the_floors_may_stop_another(tmp_path: Path) -> 
     assert rivals(tmp_path / "unraced") == [None] * 7
 
 
+def test_only_a_trial_that_keeps_as_much_as_the_anchor_may_stop_another(tmp_path: Path) -> None:
+    given: list[str | None] = []
+
+    def evaluate(settings: Mapping[str, Setting], rival: GainsByTask | None) -> Outcome:
+        place = len(given)
+        given.append(None if rival is None else str(int(rival["news"][0])))
+        # Each is better by the objective, all but one are worse than the anchor by the metric.
+        news = {0: 0.8, 2: 0.8}.get(place, 0.7)
+        return Outcome(-1 + 0.01 * place, {"news": news}, gains={"news": np.full(2, place)})
+
+    found = planned(evaluate, a_study(tmp_path), 5, experts={"news": 1.0}, racing=True)
+    assert given == [None, "0", "0", "2", "2"]
+    assert found.best.index == 2
+
+
 def test_failed_trials_do_not_disturb_a_search_with_floors(tmp_path: Path) -> None:
     calls = Counted()
 
