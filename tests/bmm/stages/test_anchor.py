@@ -130,7 +130,11 @@ def test_the_scale_that_is_best_on_validation_is_taken(
 
 
 def test_the_objective_is_the_share_of_each_experts_accuracy(merged: Path, edit_recipe: Edit) -> None:
-    edit_recipe(merged, anchor={"method": "ta", "scale": "validation", "scales": [0.5]}, search={"trials": 1})
+    edit_recipe(
+        merged,
+        anchor={"method": "ta", "scale": "validation", "scales": [0.5]},
+        search={"trials": 1, "objective": "share-of-expert"},
+    )
     result = stages(merged, "search")
     tried = anchor_of(merged).read_json("scale.json")["tried"][0]
     search = Store.open(merged / "store").read(result["search"].reference("search")).read_json("search.json")
