@@ -57,9 +57,9 @@ regression: {{mode: propagated}}
 
 # How much to trust the anchor (lambda) and how far to go from the base (gamma) is searched for on validation,
 # one pair for each type of layer. The same seed gives the same trials. More: parallel: 2 (trials side by side),
-# minutes: 30, floors: {{all: 0.9}} (what each task must keep). What is maximised: nll, the likelihood of the labels;
-# or share-of-expert, the metric itself; or agreement with the experts, for rows without labels.
-search: {{per: type, trials: {trials}, objective: nll, seed: {seed}}}
+# minutes: 30, floors: {{all: 0.9}} (what each task must keep), objective: nll (the likelihood of the labels) or
+# agreement (for rows without labels).
+search: {{per: type, trials: {trials}, objective: share-of-expert, seed: {seed}}}
 
 # The merged checkpoint with its heads, report.html and merge.json.
 output: {output}

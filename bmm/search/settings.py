@@ -99,9 +99,9 @@ class SearchSettings(BaseModel):
     objective: Objective = Field(
         default="share-of-expert",
         description="what is maximised on the validation rows, a mean over tasks: the metric over the expert's; nll, "
-        "the negative log-likelihood of the labels, negated, which is the default where every task's metric is the "
-        "accuracy of a row's class; agreement, the Kullback-Leibler divergence from the expert's answers, negated, for "
-        "which rows need no labels (`unlabelled` of a task, else its validation rows)",
+        "the negative log-likelihood of the labels, negated, which is the default of module-wise regression where "
+        "every task's metric is the accuracy of a row's class; agreement, the Kullback-Leibler divergence from the "
+        "expert's answers, negated, for which rows need no labels (`unlabelled` of a task, else its validation rows)",
     )
     floors: dict[str, Annotated[float, Field(ge=0, le=2)]] = Field(
         default_factory=dict,

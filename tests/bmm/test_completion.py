@@ -74,13 +74,18 @@ def test_what_is_left_open_follows_from_the_rest(
     assert complete(choices, {"one": splits, "two": splits}, grams_said=True) == choices
 
 
-def test_accuracies_are_searched_for_by_the_likelihood_of_the_labels_unless_the_recipe_says_what_by() -> None:
-    assert completed(*ALL).search.objective == "share-of-expert"
-    assert completed(*ALL, accuracies=True).search.objective == "nll"
-    said = completed(*ALL, accuracies=True, search={"objective": "share-of-expert"})
+def test_module_wise_accuracies_are_searched_for_by_likelihood_unless_the_recipe_says_what_by() -> (
+    None
+):
+    module_wise = {"regression": {"mode": "module-wise"}}
+    assert completed(*ALL, **module_wise).search.objective == "share-of-expert"
+    assert completed(*ALL, accuracies=True).search.objective == "share-of-expert"
+    assert completed("validation", "test", accuracies=True).search.objective == "nll"
+    said = completed(*ALL, **module_wise, accuracies=True, search={"objective": "share-of-expert"})
     assert said.search.objective == "share-of-expert"
     splits = {"one": ALL, "two": ALL}
-    found = completed(*ALL, accuracies=True)
+    found = completed(*ALL, **module_wise, accuracies=True)
+    assert found.search.objective == "nll"
     assert complete(found, splits, grams_said=True, accuracies=True) == found
 
 

@@ -38,7 +38,7 @@ experts:
 anchor: {method: tsv}
 grams: {source: activations}
 regression: {mode: propagated}
-search: {per: type, trials: 24, objective: nll, seed: 0}
+search: {per: type, trials: 24, objective: share-of-expert, seed: 0}
 cluster: {scheduler: null, workers: 2, memory_limit: 8GiB}
 output: ./merged
 """
@@ -376,6 +376,8 @@ def test_what_a_search_maximises_depends_on_what_every_task_is_worth(
     values: dict[str, Any], task: dict[str, Any], objective: str
 ) -> None:
     del values["search"]["objective"]
+    assert Recipe.from_mapping(values).search.objective == "share-of-expert"
+    values["regression"] = {"mode": "module-wise"}
     given = values["experts"][1]["task"]
     values["experts"][1]["task"] = {name: given[name] for name in ("calibration", "validation", "test")} | task
     assert Recipe.from_mapping(values).search.objective == objective

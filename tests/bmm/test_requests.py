@@ -104,7 +104,6 @@ def test_without_a_sample_of_tokens_no_request_speaks_of_one() -> None:
         "dtype",
         "batch_size",
         "proposals",
-        "election",
         "head_rows",
     }
     sample = {"tokens": 4, "tokens_seed": 3}
