@@ -74,9 +74,7 @@ def test_what_is_left_open_follows_from_the_rest(
     assert complete(choices, {"one": splits, "two": splits}, grams_said=True) == choices
 
 
-def test_module_wise_accuracies_are_searched_for_by_likelihood_unless_the_recipe_says_what_by() -> (
-    None
-):
+def test_module_wise_accuracies_are_searched_for_by_likelihood_unless_the_recipe_says_what_by() -> None:
     module_wise = {"regression": {"mode": "module-wise"}}
     assert completed(*ALL, **module_wise).search.objective == "share-of-expert"
     assert completed(*ALL, accuracies=True).search.objective == "share-of-expert"
