@@ -4,9 +4,9 @@ Lives here: figures computed from the statistics of rows, whatever the metric. D
 (`bmm.evaluation.scores`), running models (`bmm.evaluation.model`) and the figures as merge.json has them
 (`bmm.evaluation.summary`).
 
-Two summaries over tasks look alike and are not: the table reports `share_of_experts`, the ratio of means; the
-search maximises `mean_ratio_to_expert`, the mean of ratios, so that a task on which everybody is poor counts
-as much as any.
+Two summaries over tasks look alike and are not: the table reports `share_of_experts`, the ratio of means; a
+search by `share-of-expert` maximises `mean_ratio_to_expert`, the mean of ratios, so that a task on which everybody
+is poor counts as much as any.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def share_of_experts(model: Mapping[str, float], expert: Mapping[str, float]) ->
 
 
 def mean_ratio_to_expert(model: Mapping[str, float], expert: Mapping[str, float]) -> float:
-    """Return the mean over tasks of model score / expert score: what the search maximises.
+    """Return the mean over tasks of model score / expert score.
 
     Raises:
         DataError: an expert's score is not above 0.

@@ -93,7 +93,7 @@ class Observer:
     """Who is told of what a watch sees; each method may raise `Reached` to end the pass.
 
     Attributes:
-        of_shapes_alone: what a product answers does not matter: zeros of its shape, and no weight is read from memory.
+        of_shapes_alone: what a product answers does not matter: it is zeros of its shape, and its weight is not read.
     """
 
     of_shapes_alone: ClassVar[bool] = False

@@ -123,7 +123,7 @@ class Bench:
         return found
 
     def share(self, digest: str, split: str) -> float:
-        """Return a known model's mean over tasks of its score over the expert's, as searches maximise it."""
+        """Return a known model's mean over tasks of its score over the expert's."""
         setup, panel = self._test
 
         def unknown() -> NoReturn:

@@ -275,9 +275,8 @@ def table(zoo: str, result: Mapping[str, Any]) -> Table:
     drawn = Table(
         title=f"{zoo}: share of the experts' mean test score, %",
         caption=f"{settings['mode']} around {anchor}, per {settings['per']}, {settings['trials']} trials by "
-        f"{settings['objective']}, "
-        f"{settings['seeds']} seeds of each searcher; to random's best: median "
-        "evaluations to the best validation value of random search at its end",
+        f"{settings['objective']}, {settings['seeds']} seeds of each searcher; validation: that share on validation "
+        "rows; to random's best: median evaluations to random search's best value of the objective at its end",
         title_justify="left",
         caption_justify="left",
         box=None,

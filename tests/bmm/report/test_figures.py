@@ -181,6 +181,8 @@ def test_a_search_shows_what_mattered_and_what_was_traded(document: dict[str, An
     assert "2 were stopped early" in said["search"]
     assert ("; by accuracy it keeps " in said["search"]) == (objective != "share-of-expert")
     assert "-" not in said["search"].replace("log-likelihood", "")
+    told["search"]["split"] = "unlabelled"
+    assert "it keeps" not in takeaways(told)["search"]
     page = report_page(told)
     assert "ρ 0.4, a × 1.5" in page
     assert ("objective, %" in page) == (objective == "share-of-expert")

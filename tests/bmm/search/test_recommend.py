@@ -83,14 +83,14 @@ def test_no_choice_keeps_less_of_the_experts_than_the_anchor_whatever_the_object
 
 
 def test_what_is_best_by_the_objective_alone_is_not_taken() -> None:
-    kept = [0.8, 0.7, 0.81, 0.9]
     trials = [
-        replace(trial, objective=-0.5 + 0.1 * trial.index * (trial.index < 3), tasks={"a": share})
-        for trial, share in zip(study(0, 0.0, 4), kept, strict=True)
+        replace(trial, objective=objective, tasks={"a": share})
+        for trial, objective, share in zip(study(0, 0.0, 3), (-0.5, -0.3, -0.4), (0.8, 0.7, 0.81), strict=True)
     ]
-    assert recommended(SPACE, trials[:3], replace(plan(None), experts={"a": 1.0})) == trials[2]
-    assert recommended(SPACE, trials[:2], replace(plan(None), experts={"a": 1.0})) == trials[0]
-    assert recommended(SPACE, trials[:2], plan(None)) == trials[1]
+    guarded = replace(plan(None), experts={"a": 1.0})
+    assert recommended(SPACE, trials, guarded) == trials[2]
+    assert recommended(SPACE, trials[:2], guarded) == trials[0]
+    assert recommended(SPACE, trials, plan(None)) == trials[1]
 
 
 def test_without_noise_or_with_too_few_trials_the_highest_is_taken() -> None:
