@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from bmm.search.settings import ALL_TASKS, Searcher, SearchSettings
+from bmm.search.settings import ALL_TASKS, Objective, Searcher, SearchSettings
 from bmm.search.trial import Trial, best_of
 
 PROPOSALS = 3
@@ -33,6 +33,7 @@ class Plan:
         trials: how many there may be.
         seed: of every random draw.
         searcher: what proposes.
+        objective: what counts as good.
         parallel: trials under way at the same time.
         evaluations: how many of the trials may run the model; None for no limit.
         minutes: after how many none begins; None for no limit.
@@ -48,6 +49,7 @@ class Plan:
     trials: int
     seed: int
     searcher: Searcher = "bayesian"
+    objective: Objective = "share-of-expert"
     parallel: int = 1
     evaluations: int | None = None
     minutes: float | None = None
@@ -68,6 +70,7 @@ class Plan:
             trials=settings.trials,
             seed=settings.seed,
             searcher=settings.searcher,
+            objective=settings.objective,
             parallel=settings.parallel,
             evaluations=settings.evaluations,
             minutes=settings.minutes,

@@ -202,6 +202,11 @@ class _Search:
 
     def _told(self) -> None:
         best = best_of(self._study.trials)
-        if best is not None:
-            self._bar.describe(f"searching, best {best.objective:.4f} at trial {best.index}")
+        if best is not None and best.objective is not None:
+            self._bar.describe(f"searching, best {self._in_words(best.objective)} at trial {best.index}")
         self._bar.advance()
+
+    def _in_words(self, objective: float) -> str:
+        if self._plan.objective == "share-of-expert":
+            return f"{100 * objective:.1f} % of the experts"
+        return f"{objective:.3f} nats a row".replace("-", "−")

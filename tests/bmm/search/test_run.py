@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bmm.search.plan import Plan
 from bmm.search.rows import GainsByTask
 from bmm.search.run import Found, search
 from bmm.search.setting import Setting
+from bmm.search.settings import Objective
 from bmm.search.space import Space
 from bmm.search.study import Study
 
@@ -297,7 +299,10 @@ def test_no_trials_are_refused(tmp_path: Path) -> None:
         planned(measure, a_study(tmp_path), 0)
 
 
-def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "said"), [("share-of-expert", "90.3 % of the experts"), ("nll", "−0.647 nats a row")]
+)
+def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path, objective: Objective, said: str) -> None:
     class Recorder:
         """One bar that remembers what it was told."""
 
@@ -320,13 +325,18 @@ def test_progress_counts_every_trial_and_names_the_best(tmp_path: Path) -> None:
         def describe(self, text: str) -> None:
             self.texts.append(text)
 
-    planned(measure, a_study(tmp_path), 2)
+    values: dict[Objective, float] = {"share-of-expert": 0.9034, "nll": -0.6467}
+
+    def constant(settings: Mapping[str, Setting], rival: GainsByTask | None = None) -> Outcome:
+        return replace(measure(settings, rival), objective=values[objective])
+
+    planned(constant, a_study(tmp_path), 2)
     recorder = Recorder()
     context: AbstractContextManager[None] = reporting(recorder)
     with context:
-        best = planned(measure, a_study(tmp_path), 4).best
+        planned(constant, a_study(tmp_path), 4, objective=objective)
     assert (recorder.texts[0], recorder.steps, recorder.total) == ("searching", 4, 4)
-    assert recorder.texts[-1] == f"searching, best {best.objective:.4f} at trial {best.index}"
+    assert recorder.texts[-1] == f"searching, best {said} at trial 0"
 
 
 def test_importing_the_search_does_not_import_torch() -> None:
