@@ -18,17 +18,21 @@ from bmm.checkpoint.folder import check_writable
 from bmm.checkpoint.reader import Checkpoint
 from bmm.checkpoint.resolve import Resolved, resolve
 from bmm.checkpoint.shards import read_json_object
-from bmm.checkpoint.verified import fingerprint, open_checkpoint, open_verified
+from bmm.checkpoint.verified import fingerprint, fingerprinting, open_checkpoint, open_verified
 from bmm.digest import digest_file
 from bmm.errors import DataError, RecipeError
 from bmm.evaluation.data import source_files
 from bmm.evaluation.tables import FOLDERS
 from bmm.grams.published import PublishedGrams, find
 from bmm.grams.settings import ArtifactGrams
+from bmm.imports import import_torch_and_transformers
 from bmm.kinds.lm_eval_file import TaskFile, require_package
 from bmm.kinds.model_classes import task_of
 from bmm.kinds.settings import DEFAULT_KIND, FILES, PROCESSOR, SPLITS, LmEval, SplitSource
 from bmm.recipe import ExpertSource, Recipe
+
+_WORTH_IMPORTING = 1 << 30
+"""Bytes of models; fewer are read before torch has been imported."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,14 @@ def fingerprint_inputs(recipe: Recipe, *, check_output_folder: bool = True) -> I
     """
     if check_output_folder:
         check_output(recipe)
-    base = fingerprint_model(recipe.base_model, recipe.folder, "base_model")
-    return with_experts(recipe, base, [fingerprint_expert(expert, recipe, base) for expert in recipe.experts])
+    found = resolve(recipe.base_model, recipe.folder, "base_model")
+    experts = [(expert, resolve_expert(expert, recipe)) for expert in recipe.experts]
+    with fingerprinting([found.path, *(resolved.path for _, resolved in experts)]) as size:
+        if size > _WORTH_IMPORTING:
+            # Reading leaves Python idle, and whatever is not done already will need them.
+            import_torch_and_transformers()
+    base = _fingerprinted(found)
+    return with_experts(recipe, base, [fingerprint_expert(*expert, recipe, base) for expert in experts])
 
 
 def with_experts(recipe: Recipe, base: Model, experts: Sequence[Expert]) -> Inputs:
@@ -166,20 +176,28 @@ def fingerprint_model(source: str, folder: Path, where: str, base: Model | None 
     Raises:
         UserError: it is not there, or cannot be used; the message begins with `where`.
     """
-    resolved: Resolved = resolve(source, folder, where)
+    return _fingerprinted(resolve(source, folder, where), base)
+
+
+def _fingerprinted(resolved: Resolved, base: Model | None = None) -> Model:
     with open_checkpoint(resolved.path, Path(base.path) if base else None) as checkpoint:
         over = str(checkpoint.base.path) if isinstance(checkpoint, AdapterCheckpoint) else None
-        return Model(source, str(resolved.path), resolved.revision, fingerprint(checkpoint), over)
+        return Model(resolved.source, str(resolved.path), resolved.revision, fingerprint(checkpoint), over)
 
 
-def fingerprint_expert(expert: ExpertSource, recipe: Recipe, base: Model) -> Expert:
-    """Find one expert with its rows, and take their digests.
+def resolve_expert(expert: ExpertSource, recipe: Recipe) -> Resolved:
+    """Find one expert's model folder, fetching it where it lives elsewhere; raises as `resolve`."""
+    return resolve(expert.model, recipe.folder, f"the expert {expert.name}")
+
+
+def fingerprint_expert(expert: ExpertSource, resolved: Resolved, recipe: Recipe, base: Model) -> Expert:
+    """Find one expert's rows, and take their digests and its model's.
 
     Raises:
         UserError: something is missing, is not a usable checkpoint, or may not be read; the message names it.
         ModelAwayError: the server that it is on does not answer.
     """
-    model = fingerprint_model(expert.model, recipe.folder, f"the expert {expert.name}", base)
+    model = _fingerprinted(resolved, base)
     data: dict[str, Any] = {}
     column = _file_column(expert.task)
     for split, source in expert.splits().items():

@@ -6,14 +6,19 @@ through here, so that what is merged is what the record says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bmm.checkpoint.adapter import AdapterCheckpoint, adapter_digest
 from bmm.checkpoint.allowed import check_allowed
 from bmm.checkpoint.reader import Checkpoint, is_adapter
-from bmm.errors import CheckpointError
+from bmm.errors import CheckpointError, UserError
 
+_WORTH_THREADS = 1 << 24
+"""Bytes; fewer are read before threads have started."""
 _seen: dict[Path, tuple[tuple[tuple[str, int, int, int], ...], str]] = {}
 
 
@@ -23,6 +28,31 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         own = _remembered(checkpoint.path, checkpoint.own_files, checkpoint.own_digest)
         return adapter_digest(own, fingerprint(checkpoint.base))
     return _remembered(checkpoint.path, checkpoint.files, checkpoint.digest)
+
+
+@contextmanager
+def fingerprinting(folders: Iterable[Path]) -> Iterator[int]:
+    """Take the digests of the models in these folders while the block runs, several at a time; `fingerprint` has them.
+
+    Yields how many bytes that is. Folders that hold no whole model, or none that can be read, are passed over: whoever
+    opens one later says what is wrong with it.
+    """
+    found: dict[Path, Checkpoint] = {}
+    for folder in folders:
+        with suppress(UserError, OSError):
+            found[folder] = open_checkpoint(folder)
+    size = sum(file.stat().st_size for checkpoint in found.values() for file in checkpoint.files)
+    if size <= _WORTH_THREADS:
+        yield 0
+        return
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for checkpoint in found.values():
+            pool.submit(fingerprint, checkpoint)
+        try:
+            yield size
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _remembered(folder: Path, files: Iterable[Path], digest: Callable[[], str]) -> str:

@@ -21,7 +21,15 @@ from bmm.nightly.settings import Nightly
 from bmm.pipeline import STAGES
 from bmm.recipe import ExpertSource, Recipe, explain
 from bmm.recipe_file import read_mapping
-from bmm.sources import Expert, Inputs, check_output, fingerprint_expert, fingerprint_model, with_experts
+from bmm.sources import (
+    Expert,
+    Inputs,
+    check_output,
+    fingerprint_expert,
+    fingerprint_model,
+    resolve_expert,
+    with_experts,
+)
 from bmm.stages.request import version_of
 from bmm.store import Draft, Store, artefact_key
 
@@ -184,7 +192,7 @@ def resolve_night(path: Path) -> Resolved:
     found: list[Expert] = []
     for expert in recipe.experts:
         try:
-            found.append(fingerprint_expert(expert, recipe, base))
+            found.append(fingerprint_expert(expert, resolve_expert(expert, recipe), recipe, base))
         except (ModelAwayError, OutputError):
             # Nothing is known of the expert.
             raise

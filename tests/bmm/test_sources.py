@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +31,27 @@ def test_everything_is_found_and_known_by_its_bytes(pico: Path, tmp_path: Path) 
     assert again.base.digest == found.base.digest
     assert [expert.data for expert in again.experts] == [expert.data for expert in found.experts]
     assert again.base.path != found.base.path
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_torch_is_imported_while_large_models_are_read_alone(pico: Path, large: bool) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from bmm import sources
+from bmm.checkpoint import verified
+from bmm.recipe import Recipe
+if {large}:
+    verified._WORTH_THREADS = sources._WORTH_IMPORTING = 0
+found = sources.fingerprint_inputs(Recipe.from_yaml(Path(sys.argv[1])))
+print("torch" in sys.modules, found.base.digest, *(expert.model.digest for expert in found.experts))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(pico / "recipe.yaml")], check=True, capture_output=True, text=True
+    )
+    inputs = fingerprint_inputs(Recipe.from_yaml(pico / "recipe.yaml"))
+    digests = [inputs.base.digest, *(expert.model.digest for expert in inputs.experts)]
+    assert said.stdout.split() == [str(large), *digests]
 
 
 def test_one_byte_of_one_file_changes_what_it_belongs_to_alone(pico: Path) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 
+from bmm.checkpoint import verified
 from bmm.checkpoint.reader import Checkpoint
-from bmm.checkpoint.verified import fingerprint, open_verified
+from bmm.checkpoint.verified import fingerprint, fingerprinting, open_verified
 from bmm.errors import CheckpointError
 
 Save = Callable[..., Path]
@@ -66,3 +69,48 @@ def test_an_added_tokenizer_counts_and_a_card_does_not(save: Save) -> None:
     (folder / "vocab.txt").write_text("a\n")
     with pytest.raises(CheckpointError):
         open_verified(folder, digest)
+
+
+def test_fingerprints_taken_ahead_are_those_of_each_alone(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [save(f"model{seed}", seed=seed) for seed in range(3)]
+    wanted = [Checkpoint.open(folder).digest() for folder in folders]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(verified, "_WORTH_THREADS", 0)
+    with fingerprinting([*folders, tmp_path / "empty", tmp_path / "missing"]) as size:
+        assert size == sum(file.stat().st_size for folder in folders for file in Checkpoint.open(folder).files)
+    monkeypatch.setattr(Checkpoint, "digest", None)
+    assert [digest_of(folder) for folder in folders] == wanted
+
+
+def test_what_is_small_is_not_taken_ahead(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save("model")
+    monkeypatch.setattr(Checkpoint, "digest", None)
+    with fingerprinting([folder]) as size:
+        assert size == 0
+
+
+def test_a_block_that_fails_does_not_wait_for_all_fingerprints(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [save(f"model{number}") for number in range(8)]
+    monkeypatch.setattr(verified, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    begun, go_on = Event(), Event()
+    taken: list[Path] = []
+
+    def slow(self: Checkpoint) -> str:
+        taken.append(self.path)
+        begun.set()
+        assert go_on.wait(60)
+        return "digest"
+
+    def interrupted() -> None:
+        with fingerprinting(folders):
+            assert begun.wait(60)
+            Timer(0.2, go_on.set).start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "digest", slow)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert taken == folders[:1]
